@@ -1,0 +1,56 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+
+torch.set_num_threads(2)
+
+GOLDENS = Path(__file__).parent / "goldens"
+GENERATIONS = {"v2": "chatglm2", "v3": "chatglm3"}
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    return GOLDENS
+
+
+@pytest.fixture(scope="session", params=sorted(GENERATIONS))
+def version(request) -> str:
+    return request.param
+
+
+def write_published_folder(folder: Path, version: str) -> Path:
+    """Weights, vocabulary and configuration files as a released checkpoint has them."""
+    shutil.copytree(GOLDENS / "model" / f"{version}_s0", folder, ignore=shutil.ignore_patterns("goldens.*"))
+    shutil.copy(GOLDENS / "tokenizer" / "v2_tok.model", folder / "tokenizer.model")
+    config = json.loads((folder / "config.json").read_text())
+    auto_classes = ["AutoModel", "AutoModelForCausalLM"]
+    config["auto_map"] = {"AutoConfig": "configuration_chatglm.ChatGLMConfig"}
+    config["auto_map"].update((name, "modeling_chatglm.ChatGLMForConditionalGeneration") for name in auto_classes)
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer_config = {
+        "remove_space": False,
+        "do_lower_case": False,
+        "tokenizer_class": "ChatGLMTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folder(version, tmp_path_factory) -> Path:
+    return write_published_folder(tmp_path_factory.mktemp("published") / "checkpoint", version)
+
+
+@pytest.fixture(scope="session")
+def v2_folder(tmp_path_factory) -> Path:
+    return write_published_folder(tmp_path_factory.mktemp("published") / "checkpoint", "v2")
+
+
+@pytest.fixture(scope="session")
+def v3_folder(tmp_path_factory) -> Path:
+    return write_published_folder(tmp_path_factory.mktemp("published") / "checkpoint", "v3")

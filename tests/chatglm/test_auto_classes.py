@@ -1,0 +1,77 @@
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import chatglm
+
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "scripts" / "tiny_chatglm.py"
+
+
+@pytest.mark.parametrize("trust_remote_code", [None, True])
+def test_published_folder_loads_through_the_auto_classes(folder, trust_remote_code):
+    options = {"trust_remote_code": trust_remote_code}
+    assert type(AutoConfig.from_pretrained(folder, **options)) is chatglm.ChatGLMConfig
+    assert type(AutoTokenizer.from_pretrained(folder, **options)) is chatglm.ChatGLMTokenizer
+    assert type(AutoModel.from_pretrained(folder, **options)) is chatglm.ChatGLMForConditionalGeneration
+    assert type(AutoModelForCausalLM.from_pretrained(folder, **options)) is chatglm.ChatGLMForConditionalGeneration
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, **options)
+    assert type(classifier) is chatglm.ChatGLMForSequenceClassification
+
+
+def test_folder_without_auto_map_or_tokenizer_config_loads(v3_folder, tmp_path):
+    config = json.loads((v3_folder / "config.json").read_text())
+    del config["auto_map"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.model").write_bytes((v3_folder / "tokenizer.model").read_bytes())
+    assert type(AutoConfig.from_pretrained(tmp_path)) is chatglm.ChatGLMConfig
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert (type(tokenizer), tokenizer.generation) == (chatglm.ChatGLMTokenizer, "chatglm3")
+
+
+def test_registering_again_is_harmless(v3_folder):
+    importlib.reload(chatglm)
+    assert type(AutoTokenizer.from_pretrained(v3_folder, trust_remote_code=True)) is chatglm.ChatGLMTokenizer
+    assert type(AutoModel.from_pretrained(v3_folder)) is chatglm.ChatGLMForConditionalGeneration
+
+
+def run_tiny(*arguments, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(TINY), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def test_tiny_checkpoint_is_deterministic_and_loads(tmp_path):
+    text = tmp_path / "rows.jsonl"
+    text.write_text(
+        json.dumps({"content": "类型#上衣*颜色#白色", "summary": ["白色的上衣很百搭"]}, ensure_ascii=False)
+    )
+    options = ["--generation", "chatglm2", "--text", text, "--vocab_size", 300, "--hidden_size", 32]
+    for name in ("one", "two"):
+        result = run_tiny(name, *options, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "two").iterdir())
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "one", output_loading_info=True)
+    assert not any(report.values())
+    assert (tokenizer.generation, model.config.generation) == ("chatglm2", "chatglm2")
+    assert len(tokenizer) <= model.config.vocab_size
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "你好"}], return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] <= ids["input_ids"].shape[1] + 3
+
+
+def test_tiny_checkpoint_leaves_foreign_files_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    result = run_tiny(tmp_path, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "did not write" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
