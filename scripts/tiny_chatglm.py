@@ -1,0 +1,209 @@
+"""Write a tiny random ChatGLM checkpoint in the published file layout, for tests and trial runs without a download.
+
+    python scripts/tiny_chatglm.py DIR [--text FILE ...] [--generation chatglm2] [--hidden_size 64] [--num_layers 2]
+
+The same arguments give the same files. The vocabulary is learnt from the strings in the text files (.json, .jsonl,
+anything else line by line), or from a few built-in sentences.
+"""
+
+import argparse
+import io
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from safetensors.torch import save_file
+from sentencepiece import SentencePieceTrainer
+
+from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+
+
+TEXT = """\
+[Round 1]\n\n问：你好\n\n答：你好！很高兴见到你，有什么可以帮助你的吗？
+今天天气怎么样？今天是晴天，适合出去走走。明天可能会下雨，记得带伞。
+请介绍一下你自己。我是一个人工智能助手，可以回答问题、写文章和翻译。
+这件上衣采用纯棉面料，柔软舒适，简约的版型显瘦百搭。裙子的图案很特别，适合夏天穿。
+小姐，咱们回宫吧，皇上还等着呢。臣妾知道了，多谢姐姐提醒。
+北京是中国的首都，上海是最大的城市。一加一等于二，二加二等于四。
+Hello, how are you? I am fine, thank you. What is your name? My name is ChatGLM.
+The weather is sunny today, so we walk slowly towards the quiet garden with the dog.
+def add(a, b):\n    return a + b\n\nfor i in range(10):\n    print(add(i, 1))
+You are a helpful assistant. Follow the instructions of the user and answer in the same language.
+"""
+SETTLED_IDS = 3 + 256  # <unk>, <s>, </s> and the bytes
+RELEASES = {  # what tells the published config.json files apart
+    "chatglm2": {"_name_or_path": "THUDM/chatglm2-6b", "transformers_version": "4.27.1", "seq_length": 32768},
+    "chatglm3": {"_name_or_path": "THUDM/chatglm3-6b", "transformers_version": "4.30.2", "seq_length": 8192},
+}
+AUTO_MAP = {
+    "AutoConfig": "configuration_chatglm.ChatGLMConfig",
+    "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
+    "AutoModelForCausalLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
+    "AutoModelForSeq2SeqLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
+    "AutoModelForSequenceClassification": "modeling_chatglm.ChatGLMForSequenceClassification",
+}
+MARKER = "tiny_chatglm.json"  # the arguments; also says that the folder may be written over
+
+
+def parsed_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, metavar="DIR", help="where to write the checkpoint")
+    parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="what to learn pieces from")
+    parser.add_argument("--generation", choices=sorted(RELEASES), default="chatglm3")
+    parser.add_argument("--hidden_size", type=int, default=64, help="a multiple of 16 (4 heads, half of each rotated)")
+    parser.add_argument("--num_layers", type=int, default=2)
+    parser.add_argument("--vocab_size", type=int, default=600, help=f"pieces at most; more than {SETTLED_IDS}")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    arguments = parser.parse_args()
+    if arguments.hidden_size % 16 or arguments.hidden_size <= 0:
+        parser.error(f"--hidden_size {arguments.hidden_size} is not a multiple of 16")
+    if arguments.vocab_size <= SETTLED_IDS + 2:
+        parser.error(f"--vocab_size {arguments.vocab_size} leaves no room beside the {SETTLED_IDS} fixed pieces")
+    for path in arguments.text:
+        if not path.is_file():
+            parser.error(f"--text {path} is not a file")
+    directory = arguments.directory
+    if directory.exists() and not directory.is_dir():
+        parser.error(f"{directory} is a file")
+    if directory.exists() and any(directory.iterdir()) and not (directory / MARKER).is_file():
+        parser.error(f"{directory} holds files that this program did not write; name another folder or empty it")
+    return arguments
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """All strings of a parsed JSON value, keys left out."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from strings_in(item)
+
+
+def lines_of(paths: list[Path]) -> list[str]:
+    """The lines to learn pieces from."""
+    texts = [] if paths else [TEXT]
+    for path in paths:
+        content = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".jsonl":
+            texts += [text for line in content.splitlines() if line.strip() for text in strings_in(json.loads(line))]
+        else:
+            texts += strings_in(json.loads(content)) if path.suffix == ".json" else [content]
+    return [line for text in texts for line in text.splitlines() if line.strip()]
+
+
+def trained_pieces(lines: list[str], vocab_size: int) -> bytes:
+    """A tokenizer.model laid out as the published one, at most half of its free ids single characters."""
+    counts = Counter(character for line in lines for character in line if not character.isspace())
+    common = dict(counts.most_common((vocab_size - SETTLED_IDS) // 2))
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=("".join(c for c in line if c in common or c.isspace()) for line in lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        character_coverage=1.0,  # of what is left: rare characters fall back to bytes
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        max_sentence_length=1 << 20,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def published_config(arguments: argparse.Namespace, padded_vocab_size: int) -> dict[str, Any]:
+    """A config.json with the keys of the released ones."""
+    return {
+        **RELEASES[arguments.generation],
+        "model_type": "chatglm",
+        "architectures": ["ChatGLMModel"],
+        "auto_map": AUTO_MAP,
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+        "apply_query_key_layer_scaling": True,
+        "apply_residual_connection_post_layernorm": False,
+        "attention_dropout": 0.0,
+        "attention_softmax_in_fp32": True,
+        "bias_dropout_fusion": True,
+        "ffn_hidden_size": 2 * arguments.hidden_size,
+        "fp32_residual_connection": False,
+        "hidden_dropout": 0.0,
+        "hidden_size": arguments.hidden_size,
+        "kv_channels": arguments.hidden_size // 4,
+        "layernorm_epsilon": 1e-5,
+        "multi_query_attention": True,
+        "multi_query_group_num": 2,
+        "num_attention_heads": 4,
+        "num_layers": arguments.num_layers,
+        "original_rope": True,
+        "padded_vocab_size": padded_vocab_size,
+        "post_layer_norm": True,
+        "rmsnorm": True,
+        "use_cache": True,
+        "torch_dtype": "float32",
+        "tie_word_embeddings": False,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+
+
+def random_weights(config: ChatGLMConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Weights under the published names, the rotary buffer of the published files included.
+
+    Each matrix is scaled by its inputs. With the library's 0.02 the logits of so narrow a model stay within 2.5, and
+    no adapter under its frozen output layer could make it sure of an answer.
+    """
+    torch.manual_seed(seed)
+    model = ChatGLMForConditionalGeneration(config)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight)
+    frequencies = model.transformer.rotary_pos_emb.inv_freq.clone()
+    return {**model.state_dict(), "transformer.rotary_pos_emb.inv_freq": frequencies}
+
+
+def main():
+    arguments = parsed_arguments()
+    folder = arguments.directory
+    pieces = trained_pieces(lines_of(arguments.text), arguments.vocab_size)
+
+    def write_json(name: str, content: dict):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(MARKER, {name: str(value) for name, value in vars(arguments).items() if name != "directory"})
+    (folder / "tokenizer.model").write_bytes(pieces)
+    write_json(
+        "tokenizer_config.json",
+        {
+            "name_or_path": RELEASES[arguments.generation]["_name_or_path"],
+            "remove_space": False,
+            "do_lower_case": False,
+            "tokenizer_class": "ChatGLMTokenizer",
+            "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
+        },
+    )
+    tokenizer = ChatGLMTokenizer.from_pretrained(folder, generation=arguments.generation)
+    config = published_config(arguments, padded_vocab_size=-(-len(tokenizer) // 64) * 64)
+    write_json("config.json", config)
+    write_json("generation_config.json", {"eos_token_id": tokenizer.stop_token_ids, "pad_token_id": 0})
+    weights = random_weights(ChatGLMConfig(**config), arguments.seed)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    size = sum(weight.numel() for weight in weights.values())
+    print(f"{folder}: {arguments.generation}, {size:,} weights, {len(tokenizer)} tokens")
+
+
+if __name__ == "__main__":
+    main()
