@@ -1,0 +1,1005 @@
+#!/usr/bin/env python
+# Licensed under the Apache License, Version 2.0: see the file LICENSE.
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6",
+#     "transformers>=5.17,<6",
+#     "peft>=0.19.1",
+#     "datasets>=4.0",
+#     "evaluate>=0.4.6",
+#     "accelerate>=1.11",
+#     "sentencepiece>=0.2",
+# ]
+# ///
+"""Fine-tune ChatGLM, or any causal language model of transformers, with LoRA on conversations or on plain text.
+
+    python run_chatglm_lora.py --model_name_or_path THUDM/chatglm3-6b --dtype bfloat16 --bf16 \
+        --train_file chats.jsonl --prompt_column prompt --response_column response \
+        --do_train --learning_rate 2e-4 --output_dir out
+
+This is transformers' run_clm.py, stage by stage, grown by three things: LoRA, chat data and ChatGLM. Its flags, files
+and results are kept; with --no_use_lora and plain text it gives the same numbers. What differs is listed, with the
+reasons, in docs/modifications.md. Start it with python, torchrun or deepspeed, with flags or with one .json or .yaml.
+"""
+
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import json
+import logging
+import math
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from itertools import chain
+from pathlib import Path
+
+import datasets
+import evaluate
+import numpy as np
+import peft
+import torch
+import transformers
+import yaml
+from datasets import IterableDataset, IterableDatasetDict, load_dataset
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    is_torch_xla_available,
+    set_seed,
+)
+from transformers.utils.versions import require_version
+
+
+require_version("transformers>=5.17,<6", "To fix: pip install -r requirements.txt")
+require_version("datasets>=4.0", "To fix: pip install -r requirements.txt")
+
+logger = logging.getLogger("run_chatglm_lora")
+
+IGNORE_INDEX = -100  # the label that torch's cross entropy leaves out
+FILE_BUILDERS = {"csv": "csv", "json": "json", "jsonl": "json", "txt": "text", "parquet": "parquet"}
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+
+def argument(default, help, **metadata):
+    """A dataclass field that HfArgumentParser shows in --help."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class ModelArguments:
+    """Which model, configuration and tokenizer to load: the flags of run_clm.py."""
+
+    _argument_group_name = "model (as in run_clm.py)"
+
+    model_name_or_path: str | None = argument(None, "Hub name or folder of the checkpoint. Without it: from scratch.")
+    model_type: str | None = argument(None, "Architecture of a model that is built from scratch, such as gpt2.")
+    config_overrides: str | None = argument(None, "Changes to the default config of --model_type: n_embd=32,n_layer=2")
+    config_name: str | None = argument(None, "Config to use, where it is not the model's own.")
+    tokenizer_name: str | None = argument(None, "Tokenizer to use, where it is not the model's own.")
+    cache_dir: str | None = argument(None, "Where downloads and prepared data sets are kept.")
+    use_fast_tokenizer: bool = argument(True, "Accepted for old scripts; transformers 5 always takes the fast one.")
+    model_revision: str = argument("main", "Branch, tag or commit of the checkpoint, and of the code that it brings.")
+    token: str = argument(None, "Access token of the hub; default: the one that `hf auth login` stored.")
+    trust_remote_code: bool = argument(False, "Run the Python files of the checkpoint. Read them first.")
+    dtype: str | None = argument(
+        None,
+        "Type of the loaded weights; default: as stored in the checkpoint.",
+        choices=["auto", "bfloat16", "float16", "float32"],
+    )
+
+    def __post_init__(self):
+        if self.config_overrides is not None and (self.config_name or self.model_name_or_path):
+            raise ValueError("--config_overrides changes the defaults of --model_type: name no config and no model.")
+
+
+@dataclass
+class DataTrainingArguments:
+    """Which data to train and evaluate on: the flags of run_clm.py."""
+
+    _argument_group_name = "data (as in run_clm.py)"
+
+    dataset_name: str | None = argument(None, "Data set on the hub, or a folder. Wins over the files.")
+    dataset_config_name: str | None = argument(None, "Configuration of --dataset_name.")
+    train_file: str | None = argument(None, "Training data: csv, json, jsonl, parquet or txt.")
+    validation_file: str | None = argument(None, "Evaluation data, in the format of --train_file.")
+    max_train_samples: int | None = argument(None, "Train on the first N blocks (text) or rows (chat) only.")
+    max_eval_samples: int | None = argument(None, "Evaluate on the first N blocks (text) or rows (chat) only.")
+    streaming: bool = argument(False, "Read the data while training. Needs --max_steps.")
+    block_size: int | None = argument(None, "Tokens per block of text; default: what the model takes, 1024 at most.")
+    overwrite_cache: bool = argument(False, "Prepare the data anew instead of taking them from the cache.")
+    validation_split_percentage: int | None = argument(5, "Share of the training data held out if no other is given.")
+    preprocessing_num_workers: int | None = argument(None, "Processes that prepare the data.")
+    keep_linebreaks: bool = argument(True, "Keep the line breaks of txt files.")
+
+    def __post_init__(self):
+        file_builder({"--train_file": self.train_file, "--validation_file": self.validation_file})
+
+
+@dataclass
+class ChatArguments:
+    """How rows become conversations."""
+
+    _argument_group_name = "chat data"
+
+    prompt_column: str | None = argument(None, "Column with the question. Naming it switches from text to chat data.")
+    response_column: str | None = argument(None, "Column with the answer, the part that is trained.")
+    history_column: str | None = argument(None, "Column with the earlier turns: [[question, answer], ...].")
+    test_file: str | None = argument(None, "Rows to answer with --do_predict, in the format of the other files.")
+    max_source_length: int = argument(1024, "Most tokens before an answer. Longer: the oldest turns are dropped.")
+    max_target_length: int = argument(128, "Most tokens of an answer, when trained and when generated.")
+    ignore_pad_token_for_loss: bool = argument(True, "Leave padding out of the loss.")
+    pad_to_max_length: bool = argument(False, "Pad every batch to the maximum, for devices that want one shape.")
+    max_predict_samples: int | None = argument(None, "Answer the first N test rows only.")
+
+    def __post_init__(self):
+        if self.prompt_column is None and (self.response_column or self.history_column):
+            raise ValueError("--response_column and --history_column belong to a --prompt_column: name it too.")
+        for flag in ("max_source_length", "max_target_length"):
+            if getattr(self, flag) < 1:
+                raise ValueError(f"--{flag} must be at least 1, not {getattr(self, flag)}.")
+
+    @property
+    def is_chat(self) -> bool:
+        return self.prompt_column is not None
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns named by flags, which every row must have."""
+        return [name for name in (self.prompt_column, self.response_column, self.history_column) if name]
+
+
+@dataclass
+class LoraArguments:
+    """Which adapter is trained, on what base, with whose code."""
+
+    _argument_group_name = "LoRA and other adapters"
+
+    use_lora: bool = argument(True, "Train an adapter; --no_use_lora trains all weights, as run_clm.py does.")
+    peft_type: str = argument("LORA", "LORA, PREFIX_TUNING (P-Tuning v2), or another method of PEFT.")
+    adapter_name_or_path: str | None = argument(None, "Adapter to go on training, evaluate or predict with.")
+    lora_r: int = argument(8, "Rank.")
+    lora_alpha: int = argument(32, "Scale: updates are multiplied by alpha / r.")
+    lora_dropout: float = argument(0.1, "Dropout before the adapter.")
+    lora_target_modules: str | None = argument(
+        None,
+        "Adapted layers: names with commas, all-linear, or a regular expression. "
+        "Default: PEFT's table (query_key_value for ChatGLM), all-linear for models that it does not list.",
+    )
+    lora_modules_to_save: str | None = argument(None, "Layers trained and saved whole: names with commas.")
+    lora_bias: str = argument("none", "Which biases are trained too.", choices=["none", "all", "lora_only"])
+    use_rslora: bool = argument(False, "Scale by alpha / sqrt(r) instead.")
+    use_dora: bool = argument(False, "Train magnitude and direction apart (DoRA).")
+    init_lora_weights: str = argument("true", "true, false, gaussian, pissa, pissa_niter_16, olora, orthogonal, ...")
+    num_virtual_tokens: int = argument(128, "Length of the trained prefix (PREFIX_TUNING, PROMPT_TUNING, P_TUNING).")
+    prefix_projection: bool = argument(False, "Make the prefix with a two-layer network (PREFIX_TUNING).")
+    load_in_4bit: bool = argument(False, "Quantise the base to 4 bits while loading (QLoRA; needs bitsandbytes).")
+    load_in_8bit: bool = argument(False, "Quantise the base to 8 bits while loading (needs bitsandbytes).")
+    use_checkpoint_code: bool = argument(False, "Use a ChatGLM checkpoint's own code; needs --trust_remote_code.")
+
+    def __post_init__(self):
+        self.peft_type = self.peft_type.upper()
+        if self.peft_type not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
+            known = ", ".join(sorted(str(name.value) for name in peft.PEFT_TYPE_TO_CONFIG_MAPPING))
+            raise ValueError(f"--peft_type {self.peft_type} is not one of {known}.")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("--load_in_4bit and --load_in_8bit exclude each other: choose one.")
+        if (self.load_in_4bit or self.load_in_8bit) and not importlib.util.find_spec("bitsandbytes"):
+            raise ValueError("--load_in_4bit and --load_in_8bit need bitsandbytes: pip install bitsandbytes")
+
+
+ARGUMENT_CLASSES = (ModelArguments, DataTrainingArguments, ChatArguments, LoraArguments, TrainingArguments)
+
+
+def parsed_arguments():
+    """One instance of each argument class, from the command line or from a single .json or .yaml file."""
+    parser = HfArgumentParser(ARGUMENT_CLASSES, description=__doc__.split("\n\n")[0])
+    if len(sys.argv) == 2 and sys.argv[1].endswith((".json", ".yaml", ".yml")):
+        return parser.parse_dict(file_arguments(sys.argv[1]))
+    return parser.parse_args_into_dataclasses()
+
+
+def file_arguments(path):
+    """The flat mapping in a JSON or YAML file, with no_x: true for x: false as on the command line.
+
+    YAML 1.1 reads 2e-4 as a string and no as false; where a flag is a number or a strategy, what was meant is taken.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    flags = {f.name: f for cls in ARGUMENT_CLASSES for f in fields(cls)}
+    for name, value in list(values.items()):
+        kind = str(flags[name].type) if name in flags else ""
+        if "float" in kind and re.fullmatch(r"-?\d+[eE]-?\d+", str(value)):
+            values[name] = float(value)
+        elif "Strategy" in kind and value is False:
+            values[name] = "no"
+        elif name.startswith("no_") and name[3:] in flags and flags[name[3:]].default is True:
+            values[name[3:]] = not values.pop(name)
+    return values
+
+
+def file_builder(files):
+    """The `datasets` builder for files, given by flag, that must be of one known type; None if there is no file."""
+    files = {flag: path for flag, path in files.items() if path is not None}
+    for flag, path in files.items():
+        if Path(path).suffix.lstrip(".") not in FILE_BUILDERS:
+            raise ValueError(f"{flag} {path}: the file must end in one of .{', .'.join(FILE_BUILDERS)}.")
+    builders = {FILE_BUILDERS[Path(path).suffix.lstrip(".")] for path in files.values()}
+    if len(builders) > 1:
+        raise ValueError(
+            f"All files must be of one type: {', '.join(f'{flag} {path}' for flag, path in files.items())}."
+        )
+    return builders.pop() if builders else None
+
+
+# --------------------------------------------------------------------------------------------------------- logging
+
+
+def set_up_logging(training_args):
+    """Log to stdout at one level for the script, datasets and transformers; replicas stay quiet."""
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
+        datefmt="%m/%d/%Y %H:%M:%S",
+        stream=sys.stdout,
+    )
+    if training_args.should_log:
+        transformers.utils.logging.set_verbosity_info()  # makes the default level, "passive", mean INFO
+    level = training_args.get_process_log_level()
+    logger.setLevel(level)
+    datasets.utils.logging.set_verbosity(level)
+    transformers.utils.logging.set_verbosity(level)
+    transformers.utils.logging.enable_default_handler()
+    transformers.utils.logging.enable_explicit_format()
+    distributed = training_args.parallel_mode.value == "distributed"
+    logger.warning(
+        f"process {training_args.local_process_index} on {training_args.device}, {training_args.n_gpu} GPUs, "
+        f"distributed: {distributed}, fp16: {training_args.fp16}, bf16: {training_args.bf16}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
+    )
+    logger.info(f"Training arguments: {training_args}")
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+def raw_datasets(model_args, data_args, chat_args, training_args):
+    """The rows of every split, with a validation split made from the training rows where none is given."""
+    files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": chat_args.test_file}
+    files = {split: path for split, path in files.items() if path is not None}
+    builder = file_builder({f"--{split}_file": path for split, path in files.items()})
+    options = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+    if data_args.dataset_name is not None:
+        source = (data_args.dataset_name, data_args.dataset_config_name)
+        options["streaming"] = data_args.streaming
+    elif builder is not None:
+        source = (builder,)
+        options["data_files"] = files
+        if builder == "text":
+            options["keep_linebreaks"] = data_args.keep_linebreaks
+    else:
+        raise ValueError("There are no data: pass --train_file, --validation_file, --test_file or --dataset_name.")
+    raw = load_dataset(*source, **options)
+    # Chat data are all trained on unless an evaluation is asked for; text is split as run_clm.py does, always.
+    if "validation" not in raw and "train" in raw and (training_args.do_eval or not chat_args.is_chat):
+        raw["train"], raw["validation"] = train_and_validation(raw["train"], source, options, data_args)
+    check_splits(raw, chat_args, training_args)
+    return raw
+
+
+def train_and_validation(train, source, options, data_args):
+    """The training rows in two parts, by position: a streamed one by row number modulo 100, else a first slice."""
+    percentage = data_args.validation_split_percentage
+    if not data_args.streaming:
+        first, rest = f"train[:{percentage}%]", f"train[{percentage}%:]"
+        return load_dataset(*source, **options, split=rest), load_dataset(*source, **options, split=first)
+    if not 0 < percentage < 100:
+        raise ValueError(f"--validation_split_percentage must lie between 0 and 100 in a stream, not be {percentage}.")
+    stream = train if isinstance(train, IterableDataset) else train.to_iterable_dataset()
+    return (
+        stream.filter(lambda _, row: row % 100 >= percentage, with_indices=True),
+        stream.filter(lambda _, row: row % 100 < percentage, with_indices=True),
+    )
+
+
+def check_splits(raw, chat_args, training_args):
+    """Raise a ValueError if a stage that was asked for has no data of its own."""
+    if training_args.do_train and "train" not in raw:
+        raise ValueError("--do_train needs training data: pass --train_file, or a --dataset_name with a train split.")
+    if training_args.do_eval and "validation" not in raw:
+        raise ValueError("--do_eval needs --validation_file, or a --train_file to split.")
+    if training_args.do_predict and "test" not in raw:
+        raise ValueError("--do_predict needs rows to answer: pass --test_file, or a --dataset_name with a test split.")
+    if training_args.do_predict and not chat_args.is_chat:
+        raise ValueError("--do_predict answers questions: name their column with --prompt_column.")
+
+
+def column_names(dataset) -> list[str]:
+    """Names of the columns; a stream that does not know them yet is asked for its first row."""
+    return dataset.column_names or list(next(iter(dataset), {}))
+
+
+def mapped(data, function, description, data_args, training_args, **options):
+    """`data.map` in batches, first on the main process, with workers and cache where the data are not streamed."""
+    with training_args.main_process_first(desc=description):
+        if not isinstance(data, (IterableDataset, IterableDatasetDict)):
+            options["num_proc"] = data_args.preprocessing_num_workers
+            options["load_from_cache_file"] = not data_args.overwrite_cache
+            options["desc"] = description
+        return data.map(function, batched=True, **options)
+
+
+def capped(dataset, limit):
+    """The first `limit` rows; all of them without a limit."""
+    if limit is None:
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        return dataset.take(limit)
+    return dataset.select(range(min(limit, len(dataset))))
+
+
+# ------------------------------------------------------------------------------------------------------ plain text
+
+
+def text_blocks(raw, tokenizer, config, data_args, training_args):
+    """Every split as blocks of `block_size` tokens, each block its own labels: run_clm.py's encoding."""
+    columns = column_names(raw["train" if training_args.do_train else "validation"])
+    text_column = "text" if "text" in columns else columns[0]
+    block_size = chosen_block_size(data_args, tokenizer, config)
+
+    def token_ids(rows):
+        return tokenizer(rows[text_column], verbose=False)  # whole texts may be longer than the model's maximum
+
+    def blocks(rows):
+        rows.pop("position_ids", None)  # ChatGLM's tokenizer counts from the start of each text, a block counts anew
+        joined = {name: list(chain.from_iterable(values)) for name, values in rows.items()}
+        end = len(joined["input_ids"]) // block_size * block_size  # the rest of a map batch is dropped
+        cut = {name: [row[i : i + block_size] for i in range(0, end, block_size)] for name, row in joined.items()}
+        return {**cut, "labels": [block.copy() for block in cut["input_ids"]]}
+
+    tokens = mapped(raw, token_ids, "tokenizing", data_args, training_args, remove_columns=columns)
+    data = mapped(tokens, blocks, f"cutting blocks of {block_size}", data_args, training_args)
+    data = {split: capped(data[split], limit) for split, limit in sample_limits(data_args).items() if split in data}
+    for split in requested_splits(training_args):
+        if next(iter(data[split]), None) is None:
+            raise ValueError(f"The {split} data do not fill one block of {block_size} tokens: lower --block_size.")
+    return data
+
+
+def sample_limits(data_args):
+    return {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
+
+
+def requested_splits(training_args):
+    stages = {"train": training_args.do_train, "validation": training_args.do_eval}
+    return [split for split, wanted in stages.items() if wanted]
+
+
+def chosen_block_size(data_args, tokenizer, config) -> int:
+    """--block_size within the tokenizer's maximum; by default that maximum, or 1024 where the model takes less."""
+    longest = tokenizer.model_max_length
+    if data_args.block_size is not None:
+        if data_args.block_size < 1:
+            raise ValueError(f"--block_size must be at least 1, not {data_args.block_size}.")
+        if data_args.block_size > longest:
+            logger.warning(f"--block_size {data_args.block_size} is cut to the tokenizer's maximum, {longest}.")
+        return min(data_args.block_size, longest)
+    positions = getattr(config, "max_position_embeddings", 1024)
+    if longest <= positions:
+        return longest
+    block_size = min(1024, positions) if positions > 0 else 1024
+    logger.warning(f"The tokenizer sets no limit that the model keeps: blocks of {block_size} tokens (--block_size).")
+    return block_size
+
+
+# ------------------------------------------------------------------------------------------------------- chat data
+
+
+def conversation(row, chat_args, where) -> list[dict]:
+    """The messages of a row: the earlier turns, the question, and the answer, whose content is None if there is none.
+
+    A missing, null or empty history is no history. Raises a ValueError that starts with `where` if a cell is not text.
+    """
+    turns = history_pairs(row.get(chat_args.history_column), f"{where}, column '{chat_args.history_column}'")
+    turns.append((row[chat_args.prompt_column], row.get(chat_args.response_column)))
+    for column, value in zip((chat_args.prompt_column, chat_args.response_column), turns[-1], strict=True):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{where}, column '{column}': {value!r} is {type(value).__name__}, text is expected.")
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
+
+
+def history_pairs(history, where) -> list[tuple]:
+    """The (question, answer) pairs of a history cell: a list of pairs, or such a list written as JSON (csv files)."""
+    if isinstance(history, str):
+        try:
+            history = json.loads(history or "[]")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: {history!r} is not JSON ({error}).") from error
+    for pair in history or []:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise ValueError(f"{where}: {pair!r} is not a [question, answer] pair of texts.")
+    return list(history or [])
+
+
+def is_trainable(messages) -> bool:
+    """Whether a conversation has a question and an answer to train on."""
+    return messages[-2]["content"] is not None and bool(messages[-1]["content"])
+
+
+def prompt_ids(tokenizer, messages) -> list[int]:
+    """Token ids of a conversation up to the cue after which the model answers. Every prompt is built here."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def reply_ids(tokenizer, messages, prompt) -> list[int]:
+    """Token ids that follow `prompt` when the conversation goes on with its last message, an answer.
+
+    A tokenizer that merges across the end of the prompt makes the two texts part there, and is given the rest alone:
+    that is how the answer looks when the model generates it.
+    """
+    whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    if whole[: len(prompt)] == prompt:
+        return whole[len(prompt) :]
+    before = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    if not text.startswith(before):
+        raise ValueError(
+            "The chat template writes a conversation with its last answer in another way than the prompt for that "
+            f"answer, so that no training example fits both:\n{before!r}\n{text!r}"
+        )
+    return tokenizer(text[len(before) :], add_special_tokens=False)["input_ids"]
+
+
+@dataclass
+class Example:
+    """One sequence to train on: what is trained of it, where the last answer starts, what it was made from."""
+
+    ids: list[int]
+    trained: list[bool]
+    answer: int
+    messages: list[dict]
+
+    def add(self, ids, trained):
+        self.ids += ids
+        self.trained += [trained] * len(ids)
+
+
+def examples(tokenizer, messages) -> list[Example]:
+    """A conversation as training examples, in which every answer is trained once.
+
+    Answers share a sequence as long as the prompt for the next one begins with what was written so far. Where a
+    template writes the history in another way than it was generated (ChatGLM2's rounds), each answer is an example.
+    """
+    result, current = [], None
+    for end in range(2, len(messages) + 1):
+        if messages[end - 1]["role"] != "assistant":
+            continue
+        prompt = prompt_ids(tokenizer, messages[: end - 1])
+        if current is None or prompt[: len(current.ids)] != current.ids:
+            current = Example([], [], 0, [])
+            result.append(current)
+        if current.ids and tokenizer.eos_token_id not in current.ids[current.answer :]:
+            current.add(prompt[len(current.ids) :][:1], True)  # the next role's token is what ends such a reply
+        current.add(prompt[len(current.ids) :], False)
+        current.answer, current.messages = len(prompt), messages[:end]
+        current.add(reply_ids(tokenizer, messages[:end], prompt), True)
+    return result
+
+
+def without_oldest_turns(tokenizer, messages, limit) -> list[dict]:
+    """The conversation with a prompt of at most `limit` tokens: the last question and the answer cue stay.
+
+    First the oldest turns go, then the longest message is shortened from its end. Raises a ValueError if the format
+    of the prompt alone is longer than the limit.
+    """
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    turns = messages[len(system) : -1]
+    while (excess := len(prompt_ids(tokenizer, system + turns)) - limit) > 0:
+        starts = [i for i, message in enumerate(turns) if message["role"] == "user"]
+        if len(starts) > 1:
+            turns = turns[starts[1] :]
+            continue
+        longest = max(system + turns, key=lambda message: len(message["content"]))
+        ids = tokenizer(longest["content"], add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ValueError(f"--max_source_length {limit} is {excess} tokens too short for an empty question.")
+        shorter = {**longest, "content": tokenizer.decode(ids[: max(0, len(ids) - excess)]).rstrip("\ufffd")}
+        system, turns = ([shorter if m is longest else m for m in part] for part in (system, turns))
+    return system + turns + messages[-1:]
+
+
+def encoded_conversation(tokenizer, messages, chat_args) -> Iterator[dict]:
+    """Rows with `input_ids` and `labels` [S], within the two length limits, and which limit cut something off.
+
+    An answer is cut to --max_target_length, and then ends with what ended it before (its eos token and what follows),
+    or with eos if the template writes none: the end of an answer is always trained.
+    """
+    for example in examples(tokenizer, messages):
+        source_cut = example.answer > chat_args.max_source_length
+        if source_cut:
+            short = without_oldest_turns(tokenizer, example.messages, chat_args.max_source_length)
+            example = examples(tokenizer, short)[-1]
+        answer, eos = example.ids[example.answer :], tokenizer.eos_token_id
+        content_length = len(answer) - answer[::-1].index(eos) - 1 if eos in answer else len(answer)
+        target_cut = content_length > chat_args.max_target_length
+        ending = answer[content_length:] or [eos]
+        answer = answer[:content_length][: chat_args.max_target_length] + ending
+        ids = example.ids[: example.answer] + answer
+        trained = example.trained[: example.answer] + [True] * len(answer)
+        labels = [token if mark else IGNORE_INDEX for token, mark in zip(ids, trained, strict=True)]
+        yield {"input_ids": ids, "labels": labels, "source_cut": source_cut, "target_cut": target_cut}
+
+
+def encoded_chats(raw, tokenizer, chat_args, data_args, training_args):
+    """Training and validation rows as `input_ids` and `labels`; the test rows as prompts with references."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "This tokenizer has no chat template, so conversations cannot be written in the model's own format: set "
+            "tokenizer.chat_template, save it with save_pretrained, and pass that folder as --tokenizer_name."
+        )
+    data = {}
+    limits = {**sample_limits(data_args), "test": chat_args.max_predict_samples}
+    for split in [*requested_splits(training_args), *(["test"] if training_args.do_predict else [])]:
+        rows = capped(raw[split], limits[split])
+        columns = column_names(rows)
+        check_columns(split, columns, chat_args)
+        function = encoded_prompts if split == "test" else encoded_rows
+        data[split] = mapped(
+            rows, function, f"encoding {split} conversations", data_args, training_args,
+            with_indices=True, remove_columns=columns,
+            fn_kwargs={"tokenizer": tokenizer, "chat_args": chat_args, "split": split},
+        )  # fmt: skip
+        if split != "test":
+            data[split] = with_trained_tokens(data[split], split, rows, chat_args)
+    return data
+
+
+def check_columns(split, columns, chat_args):
+    """Raise a ValueError that names the nearest column if one that a flag names is missing from a split."""
+    if split != "test" and chat_args.response_column is None:
+        raise ValueError(f"The {split} data need an answer to train on: name its column with --response_column.")
+    for name in set(chat_args.columns) - set(columns):
+        near = difflib.get_close_matches(name, columns, n=1, cutoff=0)[0]
+        problem = f"The {split} data have no column '{name}' but {columns}. Did you mean '{near}'?"
+        if name == chat_args.prompt_column or (name == chat_args.response_column and split != "test"):
+            raise ValueError(problem)
+        logger.warning(problem)  # a split without history is one of first questions; test rows may lack an answer
+
+
+def rows_of(batch) -> list[dict]:
+    """A batch of `datasets.map`, {column: values}, as a list of rows."""
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+def encoded_rows(batch, indices, tokenizer, chat_args, split):
+    """Map function: examples of the rows. A row with nothing to train on gives one without ids."""
+    encoded = {"input_ids": [], "labels": [], "source_cut": [], "target_cut": [], "row": []}
+    for number, row in zip(indices, rows_of(batch), strict=True):
+        messages = conversation(row, chat_args, f"{split} row {number + 1}")
+        empty = [{"input_ids": [], "labels": [], "source_cut": False, "target_cut": False}]
+        for example in encoded_conversation(tokenizer, messages, chat_args) if is_trainable(messages) else empty:
+            for name, value in {**example, "row": number + 1}.items():
+                encoded[name].append(value)
+    return encoded
+
+
+def encoded_prompts(batch, indices, tokenizer, chat_args, split):
+    """Map function: the prompts of test rows, ending at the answer cue, with the question and the reference."""
+    encoded = {"input_ids": [], "prompt": [], "reference": []}
+    for number, row in zip(indices, rows_of(batch), strict=True):
+        messages = conversation(row, chat_args, f"{split} row {number + 1}")
+        if messages[-2]["content"] is None:
+            raise ValueError(f"{split} row {number + 1}: column '{chat_args.prompt_column}' is empty.")
+        short = without_oldest_turns(tokenizer, messages, chat_args.max_source_length)[:-1]
+        encoded["input_ids"].append(prompt_ids(tokenizer, short))
+        encoded["prompt"].append(messages[-2]["content"])
+        encoded["reference"].append(messages[-1]["content"])
+    return encoded
+
+
+def with_trained_tokens(encoded, split, rows, chat_args):
+    """The examples that have something to train on; what was dropped or cut is logged, with row numbers."""
+    extra = ["source_cut", "target_cut", "row"]
+    if isinstance(encoded, IterableDataset):
+        return encoded.filter(lambda example: warned_if_empty(example, split)).remove_columns(extra)
+    kept = encoded.filter(lambda ids: len(ids) > 0, input_columns="input_ids")
+    if len(kept) < len(encoded):
+        dropped = sorted(set(encoded["row"]) - set(kept["row"]))
+        logger.warning(
+            f"{len(dropped)} of {len(rows)} {split} rows have no '{chat_args.prompt_column}' or no "
+            f"'{chat_args.response_column}' to train on and are dropped: {', '.join(map(str, dropped))[:500]}"
+        )
+    if len(kept) == 0:
+        raise ValueError(f"No {split} row has an answer to train on: see --prompt_column and --response_column.")
+    for name, flag in {"source_cut": "max_source_length", "target_cut": "max_target_length"}.items():
+        share = sum(kept[name]) / len(kept)
+        if share > 0.01:
+            limit = f"--{flag} {getattr(chat_args, flag)}"
+            logger.warning(f"{share:.1%} of the {split} examples are cut by {limit}: raise it to keep all of them.")
+    return kept.remove_columns(extra)
+
+
+def warned_if_empty(example, split) -> bool:
+    """Whether a streamed example has something to train on; if not, its row is logged."""
+    if not example["input_ids"]:
+        logger.warning(f"{split} row {example['row']} has no question or no answer and is dropped.")
+    return bool(example["input_ids"])
+
+
+@dataclass
+class ChatCollator:
+    """Batches [B, S] padded on the right to the longest row, rounded up to a multiple of 8, or to `length`.
+
+    It pads by itself: `tokenizer.pad` is where tokenizers that come with checkpoints break on newer libraries.
+    """
+
+    pad_token_id: int
+    label_pad_id: int = IGNORE_INDEX
+    length: int | None = None
+
+    def __call__(self, rows):
+        width = self.length or math.ceil(max(len(row["input_ids"]) for row in rows) / 8) * 8
+        fills = {"input_ids": self.pad_token_id, "labels": self.label_pad_id, "attention_mask": 0}
+        rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+        return {
+            name: torch.tensor([list(row[name]) + [fill] * (width - len(row[name])) for row in rows])  # [B, S]
+            for name, fill in fills.items()
+        }
+
+
+def chat_collator(tokenizer, chat_args):
+    """The collator that the length and padding flags ask for."""
+    pad = padding_id(tokenizer)
+    return ChatCollator(
+        pad_token_id=pad,
+        label_pad_id=IGNORE_INDEX if chat_args.ignore_pad_token_for_loss else pad,
+        # Templates may write a few tokens after eos ("<|im_end|>\n"); 8 is room for them.
+        length=chat_args.max_source_length + chat_args.max_target_length + 8 if chat_args.pad_to_max_length else None,
+    )
+
+
+def padding_id(tokenizer) -> int:
+    """Padding is masked, so that any id serves where the tokenizer names none."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+# ----------------------------------------------------------------------------------------- model, tokenizer, adapter
+
+
+def register_chatglm(lora_args):
+    """Make ChatGLM known to the Auto classes. A copy of this script without chatglm/ still runs all other models."""
+    if importlib.util.find_spec("chatglm") and not lora_args.use_checkpoint_code:
+        import chatglm  # noqa: F401
+
+
+def hub_options(model_args):
+    """What every from_pretrained call is given."""
+    return {
+        "cache_dir": model_args.cache_dir,
+        "revision": model_args.model_revision,
+        "token": model_args.token,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+
+
+def loaded_config(model_args):
+    """The configuration: of --config_name, of the checkpoint, or the default of --model_type with overrides."""
+    name = model_args.config_name or model_args.model_name_or_path
+    if name:
+        try:
+            return AutoConfig.from_pretrained(name, **hub_options(model_args))
+        except ValueError as error:
+            if model_args.trust_remote_code or "trust_remote_code" not in str(error):
+                raise
+            raise ValueError(
+                f"{name} brings its own Python code. Read it; if you trust it, pass --trust_remote_code, "
+                "and pin what you have read with --model_revision COMMIT."
+            ) from error
+    if model_args.model_type is None:
+        raise ValueError("There is no model: pass --model_name_or_path, or --model_type to start from scratch.")
+    config = CONFIG_MAPPING[model_args.model_type]()
+    logger.warning(f"A new {model_args.model_type} config is made from the defaults.")
+    if model_args.config_overrides is not None:
+        logger.info(f"Overriding the config: {model_args.config_overrides}")
+        config.update_from_string(model_args.config_overrides)
+        logger.info(f"The new config: {config}")
+    return config
+
+
+def loaded_tokenizer(model_args):
+    """The tokenizer of --tokenizer_name or of the checkpoint."""
+    name = model_args.tokenizer_name or model_args.model_name_or_path
+    if not name:
+        raise ValueError("A model from scratch needs a tokenizer that exists: pass --tokenizer_name.")
+    return AutoTokenizer.from_pretrained(name, use_fast=model_args.use_fast_tokenizer, **hub_options(model_args))
+
+
+def model_class(config):
+    """AutoModel for checkpoint code without a causal-LM class (as ChatGLM-6B's), AutoModelForCausalLM otherwise."""
+    offered = getattr(config, "auto_map", None) or {}
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in offered or "AutoModel" not in offered:
+        return AutoModelForCausalLM
+    return AutoModel
+
+
+def loaded_model(model_args, lora_args, training_args, config, tokenizer):
+    """The model, from the checkpoint or from scratch, with an embedding for every token of the tokenizer."""
+    if model_args.model_name_or_path:
+        dtype = model_args.dtype if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
+        options = {**hub_options(model_args), **quantization_options(lora_args, training_args)}
+        model = model_class(config).from_pretrained(
+            model_args.model_name_or_path, config=config, dtype=dtype, **options
+        )
+        logger.info(f"Code of the model: {code_revision(model) or 'transformers ' + transformers.__version__}")
+    else:
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
+        count = sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())  # shared tensors once
+        logger.info(f"A new model with {count / 2**20:.2f}M parameters")
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    return model
+
+
+def quantization_options(lora_args, training_args):
+    """from_pretrained options for --load_in_4bit (NF4 with double quantisation, as QLoRA) and --load_in_8bit."""
+    if not (lora_args.load_in_4bit or lora_args.load_in_8bit):
+        return {}
+    if not lora_args.use_lora:
+        raise ValueError("Quantised weights cannot be trained: drop --no_use_lora, --load_in_4bit or --load_in_8bit.")
+    config = BitsAndBytesConfig(
+        load_in_4bit=lora_args.load_in_4bit,
+        load_in_8bit=lora_args.load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float16 if training_args.fp16 else torch.bfloat16,
+    )
+    return {"quantization_config": config, "device_map": {"": training_args.device}}
+
+
+def code_revision(model):
+    """File, hash and commit of the checkpoint code that a model runs on; None for installed code."""
+    if not type(model).__module__.startswith("transformers_modules."):
+        return None
+    source = Path(inspect.getsourcefile(type(model)))
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    return {"file": source.name, "sha256": digest, "commit": getattr(model.config, "_commit_hash", None)}
+
+
+def adapted_model(model, lora_args, training_args):
+    """The model inside a new or loaded adapter; the bare model with --no_use_lora, or if there is nothing to train."""
+    if not lora_args.use_lora or not (training_args.do_train or lora_args.adapter_name_or_path):
+        return model
+    if not model.name_or_path:
+        raise ValueError("A model from scratch has no weights to adapt: train them all with --no_use_lora.")
+    if lora_args.load_in_4bit or lora_args.load_in_8bit:
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if training_args.gradient_checkpointing:
+        model.enable_input_require_grads()  # frozen embeddings would cut checkpointed layers off from the loss
+    if lora_args.adapter_name_or_path:
+        path = lora_args.adapter_name_or_path
+        model = peft.PeftModel.from_pretrained(model, path, is_trainable=training_args.do_train)
+    else:
+        model = peft.get_peft_model(model, adapter_config(model, lora_args))
+    trainable, total = model.get_nb_trainable_parameters()
+    logger.info(f"Trainable parameters: {trainable:,} of {total:,} ({trainable / total:.3%})")
+    return model
+
+
+def adapter_config(model, lora_args):
+    """The PEFT configuration of --peft_type, given those of our flags that it has a field for."""
+    config_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[lora_args.peft_type]
+    init = {"true": True, "false": False}.get(lora_args.init_lora_weights.lower(), lora_args.init_lora_weights)
+    options = {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.name_or_path,
+        "r": lora_args.lora_r,
+        "lora_alpha": lora_args.lora_alpha,
+        "lora_dropout": lora_args.lora_dropout,
+        "target_modules": target_modules(model, lora_args.lora_target_modules),
+        "modules_to_save": checked_modules(model, lora_args.lora_modules_to_save, "--lora_modules_to_save"),
+        "bias": lora_args.lora_bias,
+        "use_rslora": lora_args.use_rslora,
+        "use_dora": lora_args.use_dora,
+        "init_lora_weights": init,
+        "num_virtual_tokens": lora_args.num_virtual_tokens,
+        "prefix_projection": lora_args.prefix_projection,
+    }
+    accepted = {f.name for f in fields(config_class) if f.init}
+    return config_class(**{name: value for name, value in options.items() if name in accepted})
+
+
+def target_modules(model, flag):
+    """--lora_target_modules as PEFT takes it: a list of names, "all-linear", or a regular expression."""
+    if flag is None:
+        known = model.config.model_type in LORA_TARGETS
+        if not known:
+            logger.info(f"PEFT lists no layers for {model.config.model_type}: LoRA goes into all linear ones.")
+        return None if known else "all-linear"
+    if flag == "all-linear" or not re.fullmatch(r"[\w.,-]+", flag):
+        return flag
+    return checked_modules(model, flag, "--lora_target_modules")
+
+
+def checked_modules(model, flag_value, flag) -> list[str] | None:
+    """Names with commas as a list. PEFT passes over a name that no module has; here it is a ValueError."""
+    names = flag_value.split(",") if flag_value else None
+    modules = [name for name, _ in model.named_modules()]
+    for name in names or []:
+        if not any(module == name or module.endswith("." + name) for module in modules):
+            known = sorted({module.rpartition(".")[2] for module in modules} - {""})
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0)
+            raise ValueError(f"{flag}: the model has no layer '{name}'. Near: {', '.join(near)}.")
+    return names
+
+
+# --------------------------------------------------------------------------------------------------------- metrics
+
+
+class TokenAccuracy(evaluate.Metric):
+    """Share of equal ids: evaluate's "accuracy", which it would fetch from the hub."""
+
+    def _info(self):
+        ids = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+        return evaluate.MetricInfo(description="Token accuracy", citation="", features=ids)
+
+    def _compute(self, predictions, references):
+        return {"accuracy": float(np.mean(np.equal(predictions, references)))}
+
+
+def best_tokens(logits, labels):
+    """Token ids [B, S] instead of logits [B, S, V]: what is kept of each evaluation batch."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
+
+
+def masked_accuracy(evaluation):
+    """Accuracy over the positions that have a label; the prediction for a position is made one step before it."""
+    predictions, labels = evaluation.predictions[:, :-1], evaluation.label_ids[:, 1:]
+    kept = labels != IGNORE_INDEX
+    return TokenAccuracy(keep_in_memory=True).compute(predictions=predictions[kept], references=labels[kept])
+
+
+# ------------------------------------------------------------------------------------------------------- the stages
+
+
+def training_checks():
+    """The checks that stop a hopeless run early; a copy of this script alone does without them."""
+    if not importlib.util.find_spec("training_checks"):
+        return []
+    from training_checks import TrainingChecks
+
+    return [TrainingChecks()]
+
+
+def make_trainer(model, tokenizer, data, collator, checks, training_args):
+    """An ordinary Trainer, with token accuracy where evaluation is asked for."""
+    scored = training_args.do_eval and not is_torch_xla_available()
+    return Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=data["train"] if training_args.do_train else None,
+        eval_dataset=data["validation"] if training_args.do_eval else None,
+        processing_class=tokenizer,
+        data_collator=collator,
+        compute_metrics=masked_accuracy if scored else None,
+        preprocess_logits_for_metrics=best_tokens if scored else None,
+        callbacks=checks,
+    )
+
+
+def train(trainer, checks, origin, limit):
+    """Train, save the model or the adapter with a record of what it was made from, and write the metrics."""
+    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model()
+    if trainer.args.should_save:
+        for check in checks:
+            check.check_saved(trainer.args.output_dir, trainer.model, trainer.state.global_step)
+        record = json.dumps(origin, ensure_ascii=False, indent=2)
+        Path(trainer.args.output_dir, "provenance.json").write_text(record + "\n", encoding="utf-8")
+    metrics = {**result.metrics, **sample_count("train", trainer.train_dataset, limit)}
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+
+
+def evaluate_loss(trainer, limit):
+    """Evaluate, and write loss, accuracy and perplexity."""
+    metrics = trainer.evaluate()
+    metrics |= sample_count("eval", trainer.eval_dataset, limit)
+    try:
+        metrics["perplexity"] = math.exp(metrics["eval_loss"])
+    except OverflowError:
+        metrics["perplexity"] = math.inf
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+
+
+def sample_count(stage, dataset, limit):
+    """{stage_samples: N}. A stream is not counted: it has the limit, or no entry."""
+    count = limit if isinstance(dataset, IterableDataset) else len(dataset)
+    return {} if count is None else {f"{stage}_samples": count}
+
+
+def provenance(model, tokenizer, model_args, chat_args):
+    """What the result is made from: base, revision, code, prompt format and versions."""
+    question = [{"role": "user", "content": "..."}]
+    return {
+        "base_model": model_args.model_name_or_path,
+        "revision": model_args.model_revision,
+        "commit": getattr(model.config, "_commit_hash", None),
+        "checkpoint_code": code_revision(model),
+        "prompt_format": chat_args.is_chat
+        and tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False),
+        "versions": {library.__name__: library.__version__ for library in (torch, transformers, peft, datasets)},
+    }
+
+
+def publish(trainer, model_args, data_args):
+    """Push to the hub with --push_to_hub, else write the model card."""
+    card = {"finetuned_from": model_args.model_name_or_path, "tasks": "text-generation"}
+    if data_args.dataset_name is not None:
+        card["dataset_tags"] = data_args.dataset_name
+        card["dataset"] = " ".join(filter(None, (data_args.dataset_name, data_args.dataset_config_name)))
+        if data_args.dataset_config_name is not None:
+            card["dataset_args"] = data_args.dataset_config_name
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+
+
+def main():
+    model_args, data_args, chat_args, lora_args, training_args = parsed_arguments()
+    set_up_logging(training_args)
+    set_seed(training_args.seed)
+
+    raw = raw_datasets(model_args, data_args, chat_args, training_args)
+    register_chatglm(lora_args)
+    config = loaded_config(model_args)
+    tokenizer = loaded_tokenizer(model_args)
+    # The data are encoded before the weights are loaded: a mistake in them shows within seconds.
+    if chat_args.is_chat:
+        data = encoded_chats(raw, tokenizer, chat_args, data_args, training_args)
+        collator = chat_collator(tokenizer, chat_args)
+    else:
+        data = text_blocks(raw, tokenizer, config, data_args, training_args)
+        collator = default_data_collator
+
+    model = loaded_model(model_args, lora_args, training_args, config, tokenizer)
+    origin = provenance(model, tokenizer, model_args, chat_args)
+    model = adapted_model(model, lora_args, training_args)
+    checks = training_checks()
+    trainer = make_trainer(model, tokenizer, data, collator, checks, training_args)
+
+    if training_args.do_train:
+        train(trainer, checks, origin, data_args.max_train_samples)
+    if training_args.do_eval:
+        evaluate_loss(trainer, data_args.max_eval_samples)
+    if training_args.do_predict:
+        from prediction import predict  # beside this script
+
+        predict(trainer, tokenizer, data["test"], chat_args.max_target_length, padding_id(tokenizer))
+    publish(trainer, model_args, data_args)
+
+
+def _mp_fn(index):
+    """Entry point of the XLA launcher."""
+    main()
+
+
+if __name__ == "__main__":
+    main()
