@@ -1,0 +1,95 @@
+"""Tiny models, tokenizers and data, and the script as a function of its command line."""
+
+import os
+import subprocess
+import sys
+import tempfile
+
+
+# Before any library is imported: nothing is downloaded, and caches are thrown away with the run.
+os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="hf_home_"), TOKENIZERS_PARALLELISM="false")
+
+import pytest
+import torch
+from tiny import CHATML, CHATS, COMMON, LINES, ROOT, flat, write_jsonl
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import run_chatglm_lora
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Byte-level BPE with a ChatML template that has no generation marks."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        LINES, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML,
+        model_max_length=64,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory, tokenizer):
+    """Folder of a random Llama of two layers."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, eos_token_id=2, initializer_range=0.1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_chatglm(folder, generation):
+    command = [sys.executable, str(ROOT / "scripts/tiny_chatglm.py"), str(folder), "--generation", generation]
+    subprocess.run([*command, "--text", str(ROOT / "examples/teahouse.jsonl")], check=True, capture_output=True)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def chatglm3(tmp_path_factory):
+    return tiny_chatglm(tmp_path_factory.mktemp("checkpoints") / "chatglm3", "chatglm3")
+
+
+@pytest.fixture(scope="session")
+def chatglm2(tmp_path_factory):
+    return tiny_chatglm(tmp_path_factory.mktemp("checkpoints") / "chatglm2", "chatglm2")
+
+
+@pytest.fixture(scope="session")
+def text_files(tmp_path_factory):
+    """train.txt and valid.txt."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "train.txt").write_text("\n".join(LINES[:100]) + "\n")
+    (folder / "valid.txt").write_text("\n".join(LINES[100:]) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory):
+    """A file of short English conversations."""
+    return write_jsonl(tmp_path_factory.mktemp("chats") / "chats.jsonl", CHATS)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the script's main() on a command line and returns the output folder."""
+
+    def run_script(*flags, output="out"):
+        folder = tmp_path / output
+        # A flag that is given twice has its last value: a test may override the common ones.
+        words = list(flat(flags))
+        monkeypatch.setattr(sys, "argv", ["run_chatglm_lora.py", *COMMON.split(), "--output_dir", str(folder), *words])
+        run_chatglm_lora.main()
+        return folder
+
+    return run_script

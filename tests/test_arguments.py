@@ -1,0 +1,83 @@
+"""The command line: upstream's flags, one file of arguments, and sentences for mistakes."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from tiny import ROOT, losses
+
+import run_chatglm_lora
+from run_chatglm_lora import ChatArguments, DataTrainingArguments, LoraArguments, ModelArguments
+
+
+@pytest.mark.parametrize("cls", [ModelArguments, DataTrainingArguments])
+def test_flags_of_run_clm_keep_their_defaults_and_choices(cls):
+    expected = json.loads((ROOT / "tests/run_clm_flags.json").read_text())[cls.__name__]
+    ours = {f.name: {"default": f.default, "choices": f.metadata.get("choices")} for f in fields(cls)}
+    assert ours == {name: {"default": flag["default"], "choices": flag["choices"]} for name, flag in expected.items()}
+    assert all(f.metadata["help"] for f in fields(cls))
+
+
+def test_help_shows_each_group_of_flags():
+    command = [sys.executable, str(ROOT / "run_chatglm_lora.py"), "--help"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for group in (ModelArguments, DataTrainingArguments, ChatArguments, LoraArguments):
+        assert f"\n{group._argument_group_name}:" in text
+    assert "--no_use_lora" in text
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+def test_one_file_of_arguments_equals_the_command_line(suffix, tmp_path, monkeypatch, run, llama, text_files):
+    flags = ["--model_name_or_path", llama, "--train_file", text_files / "train.txt", "--max_steps", 2, "--do_train"]
+    by_flags = run(flags, "--no_use_lora", "--learning_rate", "1e-2")
+    lines = {
+        "model_name_or_path": llama, "train_file": str(text_files / "train.txt"), "max_steps": 2, "do_train": True,
+        "no_use_lora": True, "learning_rate": "1e-2", "output_dir": str(tmp_path / "by_file"), "use_cpu": True,
+        "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no",
+    }  # fmt: skip
+    path = tmp_path / f"arguments.{suffix}"
+    if suffix == "json":
+        path.write_text(json.dumps({**lines, "learning_rate": 1e-2}))
+    else:  # YAML reads 1e-2 as a string
+        path.write_text("".join(f"{name}: {value}\n" for name, value in lines.items()))
+    monkeypatch.setattr(sys, "argv", ["run_chatglm_lora.py", str(path)])
+    run_chatglm_lora.main()
+    assert losses(tmp_path / "by_file") == losses(by_flags)
+
+
+def test_script_header_for_uv_lists_the_requirements():
+    header = re.search(r"# dependencies = \[\n(.*?)# \]", (ROOT / "run_chatglm_lora.py").read_text(), re.S).group(1)
+    listed = set(re.findall(r'"(.+?)"', header))
+    optional = ("deepspeed", "matplotlib")  # not imported by the script
+    required = {line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith(optional)}
+    assert listed == required
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (
+            ["--train_file", "a.pdf"],
+            "--train_file a.pdf: the file must end in one of .csv, .json",
+        ),
+        (["--train_file", "a.csv", "--validation_file", "b.txt"], "All files must be of one type: --train_file a.csv"),
+        (["--do_train"], "There are no data: pass --train_file"),
+        (["--config_overrides", "n=1", "--model_name_or_path", "x"], "--config_overrides changes the defaults"),
+        (["--response_column", "answer"], "belong to a --prompt_column"),
+        (["--max_target_length", "0"], "--max_target_length must be at least 1, not 0"),
+        (["--peft_type", "LORRA"], "--peft_type LORRA is not one of .*LORA"),
+        (["--load_in_4bit", "--load_in_8bit"], "exclude each other"),
+    ],
+)
+def test_mistake_in_the_flags_is_one_sentence(run, flags, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        run(flags)
+
+
+def test_quantisation_without_bitsandbytes_says_what_to_install(run, monkeypatch):
+    monkeypatch.setattr(run_chatglm_lora.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        run("--load_in_4bit")

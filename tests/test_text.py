@@ -1,0 +1,181 @@
+"""Plain text: run_clm.py's job, to the digit, and where its defects are mended."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from itertools import chain
+
+import datasets
+import pytest
+from datasets import load_dataset
+from safetensors.torch import load_file
+from tiny import COMMON, LINES, ROOT, losses, results
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+import run_chatglm_lora
+
+
+@pytest.fixture
+def flags(llama, text_files):
+    return [
+        "--model_name_or_path", llama, "--train_file", text_files / "train.txt", "--validation_file",
+        text_files / "valid.txt", "--block_size", 32, "--no_use_lora",
+    ]  # fmt: skip
+
+
+def test_losses_equal_those_of_a_program_that_only_calls_the_libraries(run, flags, llama, tmp_path):
+    folder = run(flags, "--do_train", "--do_eval", "--max_steps", 6, "--seed", 7)
+
+    set_seed(7)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    files = {"train": str(flags[3]), "validation": str(flags[5])}
+    text = load_dataset("text", data_files=files, keep_linebreaks=True)
+    blocks = {}
+    for split, rows in text.items():
+        ids = list(chain.from_iterable(tokenizer(rows["text"][:])["input_ids"]))
+        cut = [ids[i : i + 32] for i in range(0, len(ids) - 31, 32)]
+        blocks[split] = datasets.Dataset.from_dict({"input_ids": cut, "labels": cut})
+    args = TrainingArguments(
+        str(tmp_path / "plain"), use_cpu=True, report_to="none", logging_steps=1, learning_rate=1e-2, max_steps=6,
+        seed=7, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(
+        AutoModelForCausalLM.from_pretrained(llama), args, default_data_collator, blocks["train"], blocks["validation"]
+    )
+    trainer.train()
+    assert losses(folder) == [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    evaluation = results(folder, "eval")
+    assert evaluation["eval_loss"] == trainer.evaluate()["eval_loss"]
+    assert evaluation["perplexity"] == math.exp(evaluation["eval_loss"])
+    assert (evaluation["eval_samples"], results(folder, "train")["train_samples"]) == (
+        len(blocks["validation"]),
+        len(blocks["train"]),
+    )
+    assert 0 < evaluation["eval_accuracy"] < 1
+
+
+def test_run_writes_the_files_that_run_clm_writes(run, flags):
+    folder = run(flags, "--do_train", "--do_eval", "--max_steps", 1)
+    expected = "README.md all_results.json train_results.json eval_results.json trainer_state.json training_args.bin"
+    expected += " config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json"
+    assert set(expected.split()) <= {path.name for path in folder.iterdir()}
+
+
+def test_script_copied_alone_trains_what_transformers_has(tmp_path, flags):
+    shutil.copy(ROOT / "run_chatglm_lora.py", tmp_path)
+    words = map(str, [*flags, "--do_train", "--max_steps", 1, "--output_dir", tmp_path / "out", *COMMON.split()])
+    subprocess.run([sys.executable, "run_chatglm_lora.py", *words], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "out/model.safetensors").is_file()
+
+
+def test_resumed_run_ends_with_the_same_weights_and_losses(run, flags):
+    steps = ["--do_train", "--max_steps", 6, "--save_strategy", "steps", "--save_steps", 3]
+    straight = run(flags, steps)
+    resumed = run(flags, steps, "--resume_from_checkpoint", straight / "checkpoint-3", output="resumed")
+    assert losses(resumed) == losses(straight)
+    assert (resumed / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl", "parquet"])
+def test_every_file_type_gives_the_same_losses(run, llama, tmp_path, suffix):
+    rows = datasets.Dataset.from_dict({"number": list(range(40)), "text": LINES[:40]})
+    path = tmp_path / f"train.{suffix}"
+    getattr(rows, "to_" + suffix.replace("jsonl", "json"))(path)
+    flags = ["--model_name_or_path", llama, "--do_train", "--max_steps", 2, "--block_size", 16, "--no_use_lora"]
+    folder = run(flags, "--train_file", path)
+    text = tmp_path / "train.txt"
+    text.write_text("\n".join(LINES[:40]))
+    expected = run(flags, "--train_file", text, "--no_keep_linebreaks", output="txt")
+    assert losses(folder) == losses(expected)
+
+
+@pytest.fixture
+def folder_dataset(tmp_path):
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    (folder / "train.txt").write_text("\n".join(LINES[:100]))
+    return folder
+
+
+def test_streamed_split_loses_no_row(folder_dataset):
+    args = run_chatglm_lora.DataTrainingArguments(dataset_name=str(folder_dataset), streaming=True)
+    options = {"streaming": True}
+    train = load_dataset(str(folder_dataset), split="train", streaming=True)
+    parts = run_chatglm_lora.train_and_validation(train, (str(folder_dataset),), options, args)
+    rows = [[row["text"] for row in part] for part in parts]
+    assert rows == [LINES[5:100], LINES[:5]]
+
+
+def test_streaming_works_without_sample_caps(run, llama, folder_dataset):
+    folder = run(
+        "--model_name_or_path", llama, "--dataset_name", folder_dataset, "--streaming", "--do_train", "--do_eval",
+        "--max_steps", 2, "--block_size", 16, "--no_use_lora",
+    )  # fmt: skip
+    assert "train_loss" in results(folder, "train") and "perplexity" in results(folder, "eval")
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (["--block_size", 0], "--block_size must be at least 1, not 0"),
+        (["--block_size", 60, "--max_eval_samples", 0], "The validation data do not fill one block of 60 tokens"),
+        (["--do_predict"], "--do_predict needs rows to answer: pass --test_file"),
+    ],
+)
+def test_mistake_in_the_data_is_found_before_the_weights_are_loaded(run, flags, monkeypatch, change, sentence):
+    monkeypatch.setattr(run_chatglm_lora, "loaded_model", lambda *a: pytest.fail("the weights were loaded"))
+    with pytest.raises(ValueError, match=sentence):
+        run(flags, "--do_train", "--do_eval", change)
+
+
+def test_training_without_a_training_split_says_so(run, llama, text_files):
+    with pytest.raises(ValueError, match="--do_train needs training data: pass --train_file"):
+        run("--model_name_or_path", llama, "--validation_file", text_files / "valid.txt", "--do_train")
+
+
+def test_model_from_scratch_follows_the_seed_and_the_overrides(run, llama, text_files):
+    flags = [
+        "--model_type", "gpt2", "--tokenizer_name", llama, "--train_file", text_files / "train.txt", "--do_train",
+        "--config_overrides", "n_embd=16,n_layer=1,n_head=2,n_positions=64,vocab_size=320", "--max_steps", 1,
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="no weights to adapt: train them all with --no_use_lora"):
+        run(flags)
+    first, second = run(flags, "--no_use_lora"), run(flags, "--no_use_lora", output="again")
+    assert load_file(first / "model.safetensors")["transformer.wte.weight"].shape == (320, 16)
+    assert losses(first) == losses(second)
+    assert json.loads((first / "config.json").read_text())["n_layer"] == 1
+
+
+def test_tokens_that_the_model_lacks_get_embeddings(run, flags, llama, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    folder = run(flags, "--tokenizer_name", tmp_path / "tokenizer", "--do_train", "--max_steps", 1)
+    assert load_file(folder / "model.safetensors")["model.embed_tokens.weight"].shape[0] == len(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "block_size, longest, positions, expected",
+    [
+        (None, 64, 128, 64),
+        (None, 10**30, 2048, 1024),
+        (None, 10**30, 512, 512),
+        (None, 64, -1, 1024),
+        (99, 64, 16, 64),
+    ],
+)
+def test_block_size_follows_tokenizer_and_model(block_size, longest, positions, expected, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "model_max_length", longest)
+    args = run_chatglm_lora.DataTrainingArguments(train_file="a.txt", block_size=block_size)
+    config = GPT2Config(n_positions=positions)
+    assert run_chatglm_lora.chosen_block_size(args, tokenizer, config) == expected
