@@ -810,7 +810,7 @@ def adapter_config(model, lora_args):
         "r": lora_args.lora_r,
         "lora_alpha": lora_args.lora_alpha,
         "lora_dropout": lora_args.lora_dropout,
-        "target_modules": target_modules(model, lora_args.lora_target_modules),
+        "target_modules": target_modules(model, lora_args),
         "modules_to_save": checked_modules(model, lora_args.lora_modules_to_save, "--lora_modules_to_save"),
         "bias": lora_args.lora_bias,
         "use_rslora": lora_args.use_rslora,
@@ -823,14 +823,13 @@ def adapter_config(model, lora_args):
     return config_class(**{name: value for name, value in options.items() if name in accepted})
 
 
-def target_modules(model, flag):
-    """--lora_target_modules as PEFT takes it: a list of names, "all-linear", or a regular expression."""
-    if flag is None:
-        known = model.config.model_type in LORA_TARGETS
-        if not known:
-            logger.info(f"PEFT lists no layers for {model.config.model_type}: LoRA goes into all linear ones.")
-        return None if known else "all-linear"
-    if flag == "all-linear" or not re.fullmatch(r"[\w.,-]+", flag):
+def target_modules(model, lora_args):
+    """--lora_target_modules as PEFT takes it: a list of names, all-linear or a regular expression; None: its table."""
+    flag = lora_args.lora_target_modules
+    if flag is None and lora_args.peft_type == "LORA" and model.config.model_type not in LORA_TARGETS:
+        logger.info(f"PEFT lists no layers for {model.config.model_type}: LoRA goes into all linear ones.")
+        return "all-linear"
+    if flag is None or flag == "all-linear" or not re.fullmatch(r"[\w.,-]+", flag):
         return flag
     return checked_modules(model, flag, "--lora_target_modules")
 

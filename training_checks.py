@@ -72,9 +72,7 @@ class TrainingChecks(TrainerCallback):
             return
         saved = load_file(Path(folder, peft.utils.SAFETENSORS_WEIGHTS_NAME))
         if missing := peft.get_peft_model_state_dict(model).keys() - saved.keys():
-            raise RuntimeError(
-                f"{folder}: {len(missing)} tensors of the adapter were not saved ({min(missing)}, ...)."
-            )
+            raise RuntimeError(f"{folder}: {len(missing)} adapter tensors were not saved ({min(missing)}, ...).")
         if bad := [name for name, tensor in saved.items() if not tensor.isfinite().all()]:
             raise RuntimeError(f"{folder}: {len(bad)} saved tensors are not finite ({bad[0]}, ...).")
         updates = [tensor for name, tensor in saved.items() if "lora_B" in name]

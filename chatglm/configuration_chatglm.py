@@ -125,3 +125,7 @@ class ChatGLMConfig(PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         return {"name_or_path": str(pretrained_model_name_or_path), **config}, kwargs
+
+    def to_dict(self) -> dict[str, Any]:
+        # PEFT reads the shape of a prefix from this dict, under the library's names.
+        return {**super().to_dict(), "num_key_value_heads": self.multi_query_group_num, "head_dim": self.kv_channels}

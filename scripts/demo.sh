@@ -1,41 +1,46 @@
 #!/usr/bin/env bash
 # From nothing to a tuned ChatGLM, on any machine: sets up .venv, makes a tiny random checkpoint in the layout of
 # ChatGLM3-6B, teaches it the 36 answers of examples/teahouse.jsonl with LoRA, and asks it before and after.
-# What an earlier run left in demo_output/ is used again; delete that folder to start over.
+#
+#     bash scripts/demo.sh [OUTPUT_DIR]
+#
+# What an earlier run left in the output folder is used again; delete it to start over. With PYTHON=... in the
+# environment that interpreter is used as it is, and nothing is installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/setup.sh requirements.txt
+[ -n "${PYTHON:-}" ] || bash scripts/setup.sh requirements.txt
 export HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu
 
-out=demo_output
+python=${PYTHON:-.venv/bin/python}
+out=${1:-demo_output}
 data=(--train_file examples/teahouse.jsonl --test_file examples/teahouse.jsonl
       --prompt_column prompt --response_column response --history_column history)
 run() {
-    .venv/bin/python run_chatglm_lora.py --model_name_or_path $out/model "${data[@]}" \
+    "$python" run_chatglm_lora.py --model_name_or_path "$out/model" "${data[@]}" \
         --use_cpu --report_to none --log_level warning --per_device_eval_batch_size 36 "$@"
 }
 
-if [ ! -f $out/model/model.safetensors ]; then
+if [ ! -f "$out"/model/model.safetensors ]; then
     echo "== A tiny checkpoint"
-    .venv/bin/python scripts/tiny_chatglm.py $out/model --text examples/teahouse.jsonl --hidden_size 128 --vocab_size 800
+    "$python" scripts/tiny_chatglm.py "$out"/model --text examples/teahouse.jsonl --hidden_size 128 --vocab_size 800
 fi
-if [ ! -f $out/before/predict_results.json ]; then
+if [ ! -f "$out"/before/predict_results.json ]; then
     echo "== Its answers before tuning"
-    run --do_predict --output_dir $out/before
+    run --do_predict --output_dir "$out"/before
 fi
-if [ ! -f $out/adapter/all_results.json ]; then
+if [ ! -f "$out"/adapter/all_results.json ]; then
     echo "== Tuning with LoRA"
-    run --do_train --do_eval --validation_file examples/teahouse.jsonl --output_dir $out/adapter \
+    run --do_train --do_eval --validation_file examples/teahouse.jsonl --output_dir "$out"/adapter \
         --lora_target_modules all-linear --lora_r 16 --learning_rate 5e-3 --lr_scheduler_type cosine \
         --num_train_epochs 80 --per_device_train_batch_size 12 --logging_steps 10 --save_strategy no
-    .venv/bin/python scripts/plot_loss.py $out/adapter
+    "$python" scripts/plot_loss.py "$out"/adapter
 fi
-if [ ! -f $out/after/predict_results.json ]; then
+if [ ! -f "$out"/after/predict_results.json ]; then
     echo "== Its answers with the saved adapter"
-    run --do_predict --adapter_name_or_path $out/adapter --output_dir $out/after
+    run --do_predict --adapter_name_or_path "$out"/adapter --output_dir "$out"/after
 fi
 
-.venv/bin/python - $out <<'PYTHON'
+"$python" - "$out" <<'PYTHON'
 import json, sys
 from pathlib import Path
 

@@ -1,0 +1,134 @@
+"""Runs that cannot end well stop early, with a sentence, and leave nothing behind that looks whole."""
+
+import logging
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import CHAT_FLAGS
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import chatglm  # noqa: F401
+from training_checks import TrainingChecks, check_finite, check_generation, check_gradients, marked_text
+
+
+@pytest.fixture
+def flags(chatglm3, chats):
+    return ["--model_name_or_path", chatglm3, "--train_file", chats, CHAT_FLAGS, "--do_train", "--max_steps", 6]
+
+
+@pytest.fixture
+def adapted(chatglm3):
+    return peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(chatglm3), peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    )
+
+
+def test_first_loss_that_is_not_finite_stops_the_run_before_the_weights_are_spoiled(run, flags, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"The loss of step \d is not a finite number \(learning rate .*e\+"):
+        run(
+            flags,
+            "--learning_rate",
+            "1e18",
+            "--lora_target_modules",
+            "all-linear",
+            "--save_strategy",
+            "steps",
+            "--save_steps",
+            1,
+        )
+    saved = list((tmp_path / "out").rglob("adapter_model.safetensors"))
+    assert all(tensor.isfinite().all() for path in saved for tensor in load_file(path).values())
+    assert tmp_path / "out/adapter_model.safetensors" not in saved
+
+
+def test_adapter_that_learned_nothing_is_found_at_the_first_save(run, flags):
+    with pytest.raises(RuntimeError, match="every lora_B is still zero after 3 steps. Is --learning_rate zero"):
+        run(flags, "--learning_rate", 0, "--save_strategy", "steps", "--save_steps", 3)
+
+
+def test_tensor_without_gradient_is_named(adapted):
+    names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    check_gradients(adapted, set(names))
+    with pytest.raises(RuntimeError, match=r"1 trainable tensors got no gradient \(.*query_key_value.lora_A"):
+        check_gradients(adapted, set(names[1:]))
+
+
+def test_layer_that_the_forward_pass_skips_stops_the_run(run, flags, monkeypatch):
+    forward = peft.tuners.lora.Linear.forward
+    skipped = []
+
+    def forward_without_first_layer(self, x, *args, **kwargs):
+        skipped.append(self) if not skipped else None
+        return self.base_layer(x) if self is skipped[0] else forward(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(peft.tuners.lora.Linear, "forward", forward_without_first_layer)
+    with pytest.raises(RuntimeError, match="2 trainable tensors got no gradient .*layers.0"):
+        run(flags)
+
+
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        (lambda tensors: tensors.popitem(), "1 adapter tensors were not saved"),
+        (lambda tensors: next(iter(tensors.values())).fill_(float("nan")), "1 saved tensors are not finite"),
+        (lambda tensors: [t.zero_() for name, t in tensors.items() if "lora_B" in name], "every lora_B is still zero"),
+    ],
+)
+def test_damaged_adapter_is_found_when_it_is_opened_again(adapted, tmp_path, damage, sentence):
+    adapted.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    TrainingChecks.check_saved(tmp_path, adapted, 5)
+    tensors = load_file(path)
+    damage(tensors)
+    save_file(tensors, path)
+    with pytest.raises(RuntimeError, match=sentence):
+        TrainingChecks.check_saved(tmp_path, adapted, 5)
+
+
+def test_weights_that_are_not_finite_are_not_saved(adapted):
+    check_finite(adapted)
+    next(p for p in adapted.parameters() if p.requires_grad).data[0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match="1 trained tensors are not finite"):
+        check_finite(adapted)
+
+
+def test_model_that_cannot_generate_is_found_before_training(run, flags, chats, monkeypatch):
+    def broken(self, *args, **kwargs):
+        raise AttributeError("no cache of that kind")
+
+    monkeypatch.setattr(PreTrainedModel, "generate", broken, raising=False)
+    monkeypatch.setattr(peft.PeftModelForCausalLM, "generate", broken)
+    with pytest.raises(
+        RuntimeError, match="--do_predict: this model cannot generate, found before training. no cache"
+    ):
+        run(flags, "--do_predict", "--test_file", chats)
+
+
+def test_generation_check_leaves_the_model_in_training_mode(adapted):
+    adapted.train()
+    check_generation(adapted, [5, 6])
+    assert adapted.training
+
+
+def test_trained_part_of_the_first_example_is_shown(run, flags, chatglm3, caplog):
+    with caplog.at_level(logging.INFO):
+        run(flags, "--log_level", "info", "--max_steps", 1)
+    assert "[gMASK]sop<|user|> \n who paints the door<|assistant|>【\n the baker paints</s>】" in caplog.text
+    example = {"input_ids": [64, 65, 66], "labels": [-100, 65, -100]}
+    decoded = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
+    assert marked_text(decoded, example) == "@【A】B"
+    assert AutoTokenizer.from_pretrained(chatglm3).eos_token == "</s>"
+
+
+def test_loss_check_ignores_evaluation(adapted):
+    checks = TrainingChecks()
+    checks.finite = torch.tensor(True)
+    adapted.eval()
+    checks.note_loss(adapted, (), SimpleNamespace(loss=torch.tensor(float("nan"))))
+    assert checks.finite
+    adapted.train()
+    checks.note_loss(adapted, (), SimpleNamespace(loss=torch.tensor(float("nan"))))
+    assert not checks.finite
