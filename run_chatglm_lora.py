@@ -33,7 +33,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
 
@@ -69,7 +69,9 @@ require_version("datasets>=4.0", "To fix: pip install -r requirements.txt")
 
 logger = logging.getLogger("run_chatglm_lora")
 
+DTYPES = ["auto", "bfloat16", "float16", "float32"]
 IGNORE_INDEX = -100  # the label that torch's cross entropy leaves out
+ENDING_TOKENS = 8  # room for what ends an answer: its eos, and what a template writes after it, such as a newline
 FILE_BUILDERS = {"csv": "csv", "json": "json", "jsonl": "json", "txt": "text", "parquet": "parquet"}
 
 
@@ -97,11 +99,7 @@ class ModelArguments:
     model_revision: str = argument("main", "Branch, tag or commit of the checkpoint, and of the code that it brings.")
     token: str = argument(None, "Access token of the hub; default: the one that `hf auth login` stored.")
     trust_remote_code: bool = argument(False, "Run the Python files of the checkpoint. Read them first.")
-    dtype: str | None = argument(
-        None,
-        "Type of the loaded weights; default: as stored in the checkpoint.",
-        choices=["auto", "bfloat16", "float16", "float32"],
-    )
+    dtype: str | None = argument(None, "Type of the loaded weights; default: as in the checkpoint.", choices=DTYPES)
 
     def __post_init__(self):
         if self.config_overrides is not None and (self.config_name or self.model_name_or_path):
@@ -241,9 +239,7 @@ def file_builder(files):
             raise ValueError(f"{flag} {path}: the file must end in one of .{', .'.join(FILE_BUILDERS)}.")
     builders = {FILE_BUILDERS[Path(path).suffix.lstrip(".")] for path in files.values()}
     if len(builders) > 1:
-        raise ValueError(
-            f"All files must be of one type: {', '.join(f'{flag} {path}' for flag, path in files.items())}."
-        )
+        raise ValueError(f"All files must be of one type: {', '.join(map(' '.join, files.items()))}.")
     return builders.pop() if builders else None
 
 
@@ -262,6 +258,7 @@ def set_up_logging(training_args):
     level = training_args.get_process_log_level()
     logger.setLevel(level)
     datasets.utils.logging.set_verbosity(level)
+    datasets.utils.logging.disable_propagation()  # it has a handler of its own
     transformers.utils.logging.set_verbosity(level)
     transformers.utils.logging.enable_default_handler()
     transformers.utils.logging.enable_explicit_format()
@@ -357,7 +354,7 @@ def capped(dataset, limit):
 
 def text_blocks(raw, tokenizer, config, data_args, training_args):
     """Every split as blocks of `block_size` tokens, each block its own labels: run_clm.py's encoding."""
-    columns = column_names(raw["train" if training_args.do_train else "validation"])
+    columns = column_names(raw.get("train" if training_args.do_train else "validation", next(iter(raw.values()))))
     text_column = "text" if "text" in columns else columns[0]
     block_size = chosen_block_size(data_args, tokenizer, config)
 
@@ -407,6 +404,18 @@ def chosen_block_size(data_args, tokenizer, config) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------- chat data
+
+
+def within_positions(chat_args, config):
+    """The arguments, with --max_source_length lowered where the model has fewer positions than both limits need."""
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    room = positions - chat_args.max_target_length - ENDING_TOKENS
+    if room < 1:
+        raise ValueError(f"--max_target_length must be less than {positions - ENDING_TOKENS}: the model ends there.")
+    if chat_args.max_source_length <= room:
+        return chat_args
+    logger.warning(f"The model has {positions} positions: --max_source_length is lowered to {room}.")
+    return replace(chat_args, max_source_length=room)
 
 
 def conversation(row, chat_args, where) -> list[dict]:
@@ -547,10 +556,10 @@ def encoded_conversation(tokenizer, messages, chat_args) -> Iterator[dict]:
 
 def encoded_chats(raw, tokenizer, chat_args, data_args, training_args):
     """Training and validation rows as `input_ids` and `labels`; the test rows as prompts with references."""
-    if tokenizer.chat_template is None:
+    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise ValueError(
-            "This tokenizer has no chat template, so conversations cannot be written in the model's own format: set "
-            "tokenizer.chat_template, save it with save_pretrained, and pass that folder as --tokenizer_name."
+            "This tokenizer has no chat template or no eos token, so conversations cannot be written in the model's "
+            "own format: set both, save the tokenizer with save_pretrained, and pass its folder as --tokenizer_name."
         )
     data = {}
     limits = {**sample_limits(data_args), "test": chat_args.max_predict_samples}
@@ -573,7 +582,7 @@ def check_columns(split, columns, chat_args):
     """Raise a ValueError that names the nearest column if one that a flag names is missing from a split."""
     if split != "test" and chat_args.response_column is None:
         raise ValueError(f"The {split} data need an answer to train on: name its column with --response_column.")
-    for name in set(chat_args.columns) - set(columns):
+    for name in [name for name in chat_args.columns if name not in columns]:
         near = difflib.get_close_matches(name, columns, n=1, cutoff=0)[0]
         problem = f"The {split} data have no column '{name}' but {columns}. Did you mean '{near}'?"
         if name == chat_args.prompt_column or (name == chat_args.response_column and split != "test"):
@@ -665,11 +674,11 @@ class ChatCollator:
 def chat_collator(tokenizer, chat_args):
     """The collator that the length and padding flags ask for."""
     pad = padding_id(tokenizer)
+    longest = chat_args.max_source_length + chat_args.max_target_length + ENDING_TOKENS
     return ChatCollator(
         pad_token_id=pad,
         label_pad_id=IGNORE_INDEX if chat_args.ignore_pad_token_for_loss else pad,
-        # Templates may write a few tokens after eos ("<|im_end|>\n"); 8 is room for them.
-        length=chat_args.max_source_length + chat_args.max_target_length + 8 if chat_args.pad_to_max_length else None,
+        length=longest if chat_args.pad_to_max_length else None,
     )
 
 
@@ -935,14 +944,15 @@ def sample_count(stage, dataset, limit):
 
 def provenance(model, tokenizer, model_args, chat_args):
     """What the result is made from: base, revision, code, prompt format and versions."""
-    question = [{"role": "user", "content": "..."}]
+    question, prompt = [{"role": "user", "content": "..."}], None
+    if chat_args.is_chat:
+        prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
     return {
         "base_model": model_args.model_name_or_path,
         "revision": model_args.model_revision,
         "commit": getattr(model.config, "_commit_hash", None),
         "checkpoint_code": code_revision(model),
-        "prompt_format": chat_args.is_chat
-        and tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False),
+        "prompt_format": prompt,
         "versions": {library.__name__: library.__version__ for library in (torch, transformers, peft, datasets)},
     }
 
@@ -972,6 +982,7 @@ def main():
     tokenizer = loaded_tokenizer(model_args)
     # The data are encoded before the weights are loaded: a mistake in them shows within seconds.
     if chat_args.is_chat:
+        chat_args = within_positions(chat_args, config)
         data = encoded_chats(raw, tokenizer, chat_args, data_args, training_args)
         collator = chat_collator(tokenizer, chat_args)
     else:

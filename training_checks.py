@@ -39,7 +39,7 @@ class TrainingChecks(TrainerCallback):
 
     def note_loss(self, model, inputs, output):
         if model.training and output.loss is not None:
-            self.finite &= output.loss.detach().isfinite().all()
+            self.finite &= output.loss.detach().isfinite().all().to(self.finite.device)
 
     def on_pre_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
         if not self.finite:

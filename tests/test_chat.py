@@ -2,11 +2,12 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny import CHAT_FLAGS, CHATS, results, write_jsonl
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
 import chatglm  # noqa: F401
 from run_chatglm_lora import (
@@ -17,6 +18,7 @@ from run_chatglm_lora import (
     conversation,
     encoded_conversation,
     prompt_ids,
+    within_positions,
     without_oldest_turns,
 )
 
@@ -223,7 +225,7 @@ def test_tokenizer_without_a_template_is_refused(run, llama, tokenizer, chats, t
     with pytest.raises(ValueError, match="no chat template"):
         run(
             "--model_name_or_path", llama, "--tokenizer_name", tmp_path / "bare", "--train_file", chats,
-            "--do_train", CHAT_FLAGS,
+            "--do_train", "--max_target_length", 16, CHAT_FLAGS,
         )  # fmt: skip
 
 
@@ -246,6 +248,15 @@ def test_accuracy_and_loss_of_an_evaluation_count_trained_tokens_only(run, chatg
         best = model(input_ids=torch.tensor([example["input_ids"]])).logits[0, :-1].argmax(-1)
         right, total = right + (best == labels).sum().item(), total + (labels != IGNORE_INDEX).sum().item()
     assert metrics["eval_accuracy"] == right / total
+
+
+def test_source_limit_leaves_room_for_the_answer_in_the_positions_of_the_model(caplog):
+    config = GPT2Config(n_positions=512)
+    assert within_positions(replace(ARGS, max_source_length=376), config).max_source_length == 376
+    assert within_positions(ARGS, config).max_source_length == 512 - 128 - 8
+    assert "The model has 512 positions: --max_source_length is lowered to 376" in caplog.text
+    with pytest.raises(ValueError, match="--max_target_length must be less than 120: the model ends there"):
+        within_positions(ARGS, GPT2Config(n_positions=128))
 
 
 def test_prediction_rows_keep_their_order_and_stop_at_the_limit(run, chatglm3, chats):
