@@ -712,6 +712,8 @@ def loaded_config(model_args):
     if name:
         try:
             return AutoConfig.from_pretrained(name, **hub_options(model_args))
+        except OSError as error:
+            raise OSError(f"{name} is neither a folder with a config.json nor found on the hub: {error}") from error
         except ValueError as error:
             if model_args.trust_remote_code or "trust_remote_code" not in str(error):
                 raise
@@ -751,9 +753,8 @@ def loaded_model(model_args, lora_args, training_args, config, tokenizer):
     if model_args.model_name_or_path:
         dtype = model_args.dtype if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
         options = {**hub_options(model_args), **quantization_options(lora_args, training_args)}
-        model = model_class(config).from_pretrained(
-            model_args.model_name_or_path, config=config, dtype=dtype, **options
-        )
+        name = model_args.model_name_or_path
+        model = model_class(config).from_pretrained(name, config=config, dtype=dtype, **options)
         logger.info(f"Code of the model: {code_revision(model) or 'transformers ' + transformers.__version__}")
     else:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
@@ -798,6 +799,8 @@ def adapted_model(model, lora_args, training_args):
     if lora_args.load_in_4bit or lora_args.load_in_8bit:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if training_args.gradient_checkpointing:
+        if lora_args.peft_type == "PREFIX_TUNING":
+            raise ValueError("A trained prefix and gradient checkpointing exclude each other: drop one of the flags.")
         model.enable_input_require_grads()  # frozen embeddings would cut checkpointed layers off from the loss
     if lora_args.adapter_name_or_path:
         path = lora_args.adapter_name_or_path
@@ -870,8 +873,9 @@ class TokenAccuracy(evaluate.Metric):
 
 
 def best_tokens(logits, labels):
-    """Token ids [B, S] instead of logits [B, S, V]: what is kept of each evaluation batch."""
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
+    """Token ids [B, S] instead of logits [B, S, V], or [B, T + S, V] after T virtual tokens of a trained prompt."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return logits.argmax(dim=-1)[:, -labels.shape[1] :]
 
 
 def masked_accuracy(evaluation):

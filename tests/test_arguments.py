@@ -81,3 +81,8 @@ def test_quantisation_without_bitsandbytes_says_what_to_install(run, monkeypatch
     monkeypatch.setattr(run_chatglm_lora.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
         run("--load_in_4bit")
+
+
+def test_model_that_is_nowhere_is_named(run, text_files):
+    with pytest.raises(OSError, match="./nothere is neither a folder with a config.json nor found on the hub"):
+        run("--model_name_or_path", "./nothere", "--train_file", text_files / "train.txt", "--do_train")

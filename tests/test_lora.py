@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import CHAT_FLAGS, losses
+from tiny import CHAT_FLAGS, losses, results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import chatglm  # noqa: F401
@@ -105,6 +105,23 @@ def test_prefix_tuning_trains_saves_and_predicts(run, flags, chats, options):
     kept = run(flags[:4], CHAT_FLAGS, predict, "--adapter_name_or_path", folder, output="reloaded")
     answers = [(f / "generated_predictions.jsonl").read_text() for f in (folder, kept)]
     assert answers[0] == answers[1] and len(set(losses(folder))) == 4
+
+
+def test_prefix_and_gradient_checkpointing_are_refused_together(run, flags):
+    with pytest.raises(ValueError, match="A trained prefix and gradient checkpointing exclude each other"):
+        run(flags, "--peft_type", "PREFIX_TUNING", "--gradient_checkpointing")
+
+
+def test_virtual_tokens_of_a_trained_prompt_are_left_out_of_the_accuracy(run, flags, chats):
+    flags = [flags, "--peft_type", "PROMPT_TUNING", "--num_virtual_tokens", 3, "--learning_rate", 0]
+    tuned = results(run(flags, "--do_eval", "--validation_file", chats), "eval")
+    assert 0 <= tuned["eval_accuracy"] < 1 and tuned["eval_loss"] > 0
+
+
+def test_quantised_base_is_tuned_where_bitsandbytes_is_installed(run, flags):
+    pytest.importorskip("bitsandbytes")
+    folder = run(flags, "--load_in_4bit")
+    assert {tensor.dtype for tensor in adapter(folder).values()} == {torch.float32}
 
 
 def test_another_method_of_peft_needs_no_code_of_ours(run, flags):
