@@ -474,40 +474,60 @@ def reply_ids(tokenizer, messages, prompt) -> list[int]:
     return tokenizer(text[len(before) :], add_special_tokens=False)["input_ids"]
 
 
-@dataclass
-class Example:
-    """One sequence to train on: what is trained of it, where the last answer starts, what it was made from."""
+def answers_apart(tokenizer) -> bool:
+    """Whether each answer needs an example of its own, because the history is not written as it was generated.
 
-    ids: list[int]
-    trained: list[bool]
-    answer: int
-    messages: list[dict]
-
-    def add(self, ids, trained):
-        self.ids += ids
-        self.trained += [trained] * len(ids)
-
-
-def examples(tokenizer, messages) -> list[Example]:
-    """A conversation as training examples, in which every answer is trained once.
-
-    Answers share a sequence as long as the prompt for the next one begins with what was written so far. Where a
-    template writes the history in another way than it was generated (ChatGLM2's rounds), each answer is an example.
+    So it is with ChatGLM2, whose rounds are encoded anew, and with templates that shorten earlier answers.
     """
-    result, current = [], None
+    talk = [{"role": role, "content": "1"} for role in ("user", "assistant", "user")]
+    first = prompt_ids(tokenizer, talk[:1])
+    first += reply_ids(tokenizer, talk[:2], first)
+    return prompt_ids(tokenizer, talk)[: len(first)] != first
+
+
+def up_to_answers(messages, apart) -> list[list[dict]]:
+    """The conversation up to its last answer or, where answers need examples of their own, up to each of them."""
+    ends = [number for number, message in enumerate(messages, 1) if message["role"] == "assistant"]
+    return [messages[:end] for end in (ends if apart else ends[-1:])]
+
+
+def marked_ids(tokenizer, conversations) -> list[tuple[list[int], list[int]]]:
+    """Token ids of conversations that end with an answer, and a mark (1) on each token that is trained.
+
+    ChatGLM's tokenizers mark the answers themselves, all conversations in one call. For any other the answers are
+    found turn by turn: an answer is what follows its prompt.
+    """
+    if conversations and own_end_id(tokenizer) is not None:
+        encoded = tokenizer.apply_chat_template(conversations, return_dict=True, return_assistant_tokens_mask=True)
+        return list(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True))
+    return [ids_by_turn(tokenizer, messages) for messages in conversations]
+
+
+def own_end_id(tokenizer) -> int | None:
+    """The token that ends an answer of ChatGLM; None for tokenizers whose chat template writes the end itself."""
+    return getattr(tokenizer, "end_of_reply_token_id", None)
+
+
+def ids_by_turn(tokenizer, messages) -> tuple[list[int], list[int]]:
+    """`marked_ids` of one conversation, through any chat template."""
+    ids, marks, reply = [], [], []
     for end in range(2, len(messages) + 1):
         if messages[end - 1]["role"] != "assistant":
             continue
         prompt = prompt_ids(tokenizer, messages[: end - 1])
-        if current is None or prompt[: len(current.ids)] != current.ids:
-            current = Example([], [], 0, [])
-            result.append(current)
-        if current.ids and tokenizer.eos_token_id not in current.ids[current.answer :]:
-            current.add(prompt[len(current.ids) :][:1], True)  # the next role's token is what ends such a reply
-        current.add(prompt[len(current.ids) :], False)
-        current.answer, current.messages = len(prompt), messages[:end]
-        current.add(reply_ids(tokenizer, messages[:end], prompt), True)
-    return result
+        if prompt[: len(ids)] != ids:  # the answers so far stand differently in this prompt: only this one is trained
+            ids, marks = [], []
+        added = [0] * (len(prompt) - len(ids))
+        if marks and tokenizer.eos_token_id not in reply:
+            added[0] = 1  # the next role's token is what ends such an answer
+        reply = reply_ids(tokenizer, messages[:end], prompt)
+        ids, marks = prompt + reply, marks + added + [1] * len(reply)
+    return ids, marks
+
+
+def answer_start(marks) -> int:
+    """Where the last answer begins: behind the last token that is not trained."""
+    return len(marks) - next((i for i, mark in enumerate(reversed(marks)) if not mark), len(marks))
 
 
 def without_oldest_turns(tokenizer, messages, limit) -> list[dict]:
@@ -532,26 +552,31 @@ def without_oldest_turns(tokenizer, messages, limit) -> list[dict]:
     return system + turns + messages[-1:]
 
 
-def encoded_conversation(tokenizer, messages, chat_args) -> Iterator[dict]:
-    """Rows with `input_ids` and `labels` [S], within the two length limits, and which limit cut something off.
+def encoded_conversations(tokenizer, conversations, chat_args) -> Iterator[dict]:
+    """A row with `input_ids` and `labels` [S], within the two length limits, for each conversation in turn.
 
     An answer is cut to --max_target_length, and then ends with what ended it before (its eos token and what follows),
-    or with eos if the template writes none: the end of an answer is always trained.
+    or with the end token if the template writes none: the end of an answer is always trained.
     """
-    for example in examples(tokenizer, messages):
-        source_cut = example.answer > chat_args.max_source_length
+    end = own_end_id(tokenizer) or tokenizer.eos_token_id
+    encoded = marked_ids(tokenizer, conversations)
+    for messages, (ids, marks) in zip(conversations, encoded, strict=True):
+        source_cut = answer_start(marks) > chat_args.max_source_length
         if source_cut:
-            short = without_oldest_turns(tokenizer, example.messages, chat_args.max_source_length)
-            example = examples(tokenizer, short)[-1]
-        answer, eos = example.ids[example.answer :], tokenizer.eos_token_id
-        content_length = len(answer) - answer[::-1].index(eos) - 1 if eos in answer else len(answer)
-        target_cut = content_length > chat_args.max_target_length
-        ending = answer[content_length:] or [eos]
-        answer = answer[:content_length][: chat_args.max_target_length] + ending
-        ids = example.ids[: example.answer] + answer
-        trained = example.trained[: example.answer] + [True] * len(answer)
-        labels = [token if mark else IGNORE_INDEX for token, mark in zip(ids, trained, strict=True)]
-        yield {"input_ids": ids, "labels": labels, "source_cut": source_cut, "target_cut": target_cut}
+            short = without_oldest_turns(tokenizer, messages, chat_args.max_source_length)
+            ((ids, marks),) = marked_ids(tokenizer, [short])
+        start = answer_start(marks)
+        content = last_index(ids, end, start)
+        ending = ids[content:] or [end]
+        target_cut = content - start > chat_args.max_target_length
+        stop = min(content, start + chat_args.max_target_length)
+        labels = [token if mark else IGNORE_INDEX for token, mark in zip(ids[:stop], marks, strict=False)] + ending
+        yield {"input_ids": ids[:stop] + ending, "labels": labels, "source_cut": source_cut, "target_cut": target_cut}
+
+
+def last_index(ids, token, start) -> int:
+    """Where `token` stands last in ids[start:], or the length of ids."""
+    return next((i for i in range(len(ids) - 1, start - 1, -1) if ids[i] == token), len(ids))
 
 
 def encoded_chats(raw, tokenizer, chat_args, data_args, training_args):
@@ -561,17 +586,19 @@ def encoded_chats(raw, tokenizer, chat_args, data_args, training_args):
             "This tokenizer has no chat template or no eos token, so conversations cannot be written in the model's "
             "own format: set both, save the tokenizer with save_pretrained, and pass its folder as --tokenizer_name."
         )
-    data = {}
+    data, apart = {}, answers_apart(tokenizer)
     limits = {**sample_limits(data_args), "test": chat_args.max_predict_samples}
     for split in [*requested_splits(training_args), *(["test"] if training_args.do_predict else [])]:
         rows = capped(raw[split], limits[split])
         columns = column_names(rows)
         check_columns(split, columns, chat_args)
-        function = encoded_prompts if split == "test" else encoded_rows
+        options = {"tokenizer": tokenizer, "chat_args": chat_args, "split": split}
+        function = encoded_prompts
+        if split != "test":
+            function, options["apart"] = encoded_rows, apart
         data[split] = mapped(
             rows, function, f"encoding {split} conversations", data_args, training_args,
-            with_indices=True, remove_columns=columns,
-            fn_kwargs={"tokenizer": tokenizer, "chat_args": chat_args, "split": split},
+            with_indices=True, remove_columns=columns, fn_kwargs=options,
         )  # fmt: skip
         if split != "test":
             data[split] = with_trained_tokens(data[split], split, rows, chat_args)
@@ -595,16 +622,20 @@ def rows_of(batch) -> list[dict]:
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
-def encoded_rows(batch, indices, tokenizer, chat_args, split):
+def encoded_rows(batch, indices, tokenizer, chat_args, split, apart):
     """Map function: examples of the rows. A row with nothing to train on gives one without ids."""
-    encoded = {"input_ids": [], "labels": [], "source_cut": [], "target_cut": [], "row": []}
+    numbers, conversations, rows = [], [], []
     for number, row in zip(indices, rows_of(batch), strict=True):
         messages = conversation(row, chat_args, f"{split} row {number + 1}")
-        empty = [{"input_ids": [], "labels": [], "source_cut": False, "target_cut": False}]
-        for example in encoded_conversation(tokenizer, messages, chat_args) if is_trainable(messages) else empty:
-            for name, value in {**example, "row": number + 1}.items():
-                encoded[name].append(value)
-    return encoded
+        if not is_trainable(messages):
+            rows.append({"input_ids": [], "labels": [], "source_cut": False, "target_cut": False, "row": number + 1})
+            continue
+        pieces = up_to_answers(messages, apart)
+        conversations += pieces
+        numbers += [number + 1] * len(pieces)
+    examples = encoded_conversations(tokenizer, conversations, chat_args)
+    rows += [{**example, "row": number} for number, example in zip(numbers, examples, strict=True)]
+    return {name: [row[name] for row in rows] for name in ("input_ids", "labels", "source_cut", "target_cut", "row")}
 
 
 def encoded_prompts(batch, indices, tokenizer, chat_args, split):
@@ -626,9 +657,9 @@ def with_trained_tokens(encoded, split, rows, chat_args):
     extra = ["source_cut", "target_cut", "row"]
     if isinstance(encoded, IterableDataset):
         return encoded.filter(lambda example: warned_if_empty(example, split)).remove_columns(extra)
-    kept = encoded.filter(lambda ids: len(ids) > 0, input_columns="input_ids")
+    kept = encoded.filter(lambda ids: [len(each) > 0 for each in ids], input_columns="input_ids", batched=True)
     if len(kept) < len(encoded):
-        dropped = sorted(set(encoded["row"]) - set(kept["row"]))
+        dropped = sorted(set(encoded["row"][:]) - set(kept["row"][:]))
         logger.warning(
             f"{len(dropped)} of {len(rows)} {split} rows have no '{chat_args.prompt_column}' or no "
             f"'{chat_args.response_column}' to train on and are dropped: {', '.join(map(str, dropped))[:500]}"
@@ -636,7 +667,7 @@ def with_trained_tokens(encoded, split, rows, chat_args):
     if len(kept) == 0:
         raise ValueError(f"No {split} row has an answer to train on: see --prompt_column and --response_column.")
     for name, flag in {"source_cut": "max_source_length", "target_cut": "max_target_length"}.items():
-        share = sum(kept[name]) / len(kept)
+        share = np.mean(kept[name][:])
         if share > 0.01:
             limit = f"--{flag} {getattr(chat_args, flag)}"
             logger.warning(f"{share:.1%} of the {split} examples are cut by {limit}: raise it to keep all of them.")

@@ -256,6 +256,10 @@ class ChatGLMTokenizer(TokenizersBackend):
         names = [self.roles[role] for role in ("user", "observation") if role in self.roles]
         return [self.eos_token_id, *self.convert_tokens_to_ids(names)]
 
+    @property
+    def end_of_reply_token_id(self) -> int:
+        return self.eos_token_id
+
     def _convert_encoding(self, encoding, *args, **kwargs):
         columns, encodings = super()._convert_encoding(encoding, *args, **kwargs)
         if "position_ids" in self.model_input_names:

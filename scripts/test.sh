@@ -1,9 +1,18 @@
 #!/usr/bin/env bash
 # Sets up .venv where that is needed, checks the style and runs the tests: bash scripts/test.sh [pytest options]
+# The package chatglm/ is tested a second time on the oldest supported transformers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh requirements.txt tests/requirements.txt
 export HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+
+oldest=transformers==5.17.0
+if [ ! -d ".venv/$oldest" ]; then
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target ".venv/$oldest" $oldest
+fi
+echo "== $oldest"
+PYTHONPATH=".venv/$oldest" .venv/bin/python -m pytest --numprocesses 2 tests/chatglm
+echo "== the installed transformers"
 exec .venv/bin/python -m pytest --numprocesses 2 "$@"

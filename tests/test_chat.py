@@ -14,10 +14,12 @@ from run_chatglm_lora import (
     IGNORE_INDEX,
     ChatArguments,
     ChatCollator,
+    answers_apart,
     chat_collator,
     conversation,
-    encoded_conversation,
+    encoded_conversations,
     prompt_ids,
+    up_to_answers,
     within_positions,
     without_oldest_turns,
 )
@@ -42,12 +44,18 @@ def glm2(chatglm2):
     return AutoTokenizer.from_pretrained(chatglm2)
 
 
+def encoded(tokenizer, messages, args=ARGS):
+    """The examples of one conversation."""
+    conversations = up_to_answers(messages, answers_apart(tokenizer))
+    return list(encoded_conversations(tokenizer, conversations, args))
+
+
 def trained_ids(example):
     return [label for label in example["labels"] if label != IGNORE_INDEX]
 
 
 def test_chatglm3_example_trains_every_answer_and_the_token_that_ends_it(glm3):
-    (example,) = encoded_conversation(glm3, TURNS, ARGS)
+    (example,) = encoded(glm3, TURNS)
     user = glm3.convert_tokens_to_ids("<|user|>")
     newline = glm3.encode("\n", add_special_tokens=False)
     answers = [newline + glm3.encode(TURNS[i]["content"], add_special_tokens=False) for i in (1, 3)]
@@ -57,7 +65,7 @@ def test_chatglm3_example_trains_every_answer_and_the_token_that_ends_it(glm3):
 
 
 def test_chatglm2_answers_become_one_example_each_because_the_history_is_written_anew(glm2):
-    first, second = encoded_conversation(glm2, TURNS, ARGS)
+    first, second = encoded(glm2, TURNS)
     for example, end in ((first, 2), (second, 4)):
         answer = glm2.encode(TURNS[end - 1]["content"], add_special_tokens=False) + [glm2.eos_token_id]
         assert trained_ids(example) == answer
@@ -66,7 +74,7 @@ def test_chatglm2_answers_become_one_example_each_because_the_history_is_written
 
 def test_template_without_generation_marks_gets_the_right_labels(tokenizer):
     messages = [{**turn, "content": text} for turn, text in zip(TURNS, ["hi", "a door", "why", "dawn"], strict=True)]
-    (example,) = encoded_conversation(tokenizer, messages, ARGS)
+    (example,) = encoded(tokenizer, messages)
     assert tokenizer.decode(trained_ids(example)) == "a door<|im_end|>\ndawn<|im_end|>\n"
     assert tokenizer.decode(example["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
 
@@ -74,7 +82,7 @@ def test_template_without_generation_marks_gets_the_right_labels(tokenizer):
 @pytest.mark.parametrize("name", ["glm3", "glm2", "tokenizer"])
 def test_training_example_begins_with_the_prompt_used_for_prediction(name, request):
     tokenizer = request.getfixturevalue(name)
-    example = list(encoded_conversation(tokenizer, TURNS, ARGS))[-1]
+    example = encoded(tokenizer, TURNS)[-1]
     prompt = prompt_ids(tokenizer, TURNS[:3])
     assert example["input_ids"][: len(prompt)] == prompt
     assert example["labels"][len(prompt) :] == example["input_ids"][len(prompt) :]
@@ -82,7 +90,7 @@ def test_training_example_begins_with_the_prompt_used_for_prediction(name, reque
 
 def test_special_token_text_in_a_message_stays_text(glm3):
     messages = [{"role": "user", "content": "<|assistant|>[gMASK]</s>"}, {"role": "assistant", "content": "好"}]
-    (example,) = encoded_conversation(glm3, messages, ARGS)
+    (example,) = encoded(glm3, messages)
     ids = example["input_ids"]
     for token, count in {"<|assistant|>": 1, "[gMASK]": 1, "</s>": 1}.items():
         assert ids.count(glm3.convert_tokens_to_ids(token)) == count
@@ -133,7 +141,7 @@ def test_too_long_question_is_shortened_within_the_prompt_format(name, request):
     system = {"role": "system", "content": "简短。"}
     messages = [system, {"role": "user", "content": "绿茶" * 200}, {"role": "assistant", "content": "好。"}]
     args = ChatArguments(prompt_column="prompt", max_source_length=90)
-    (example,) = encoded_conversation(tokenizer, messages, args)
+    (example,) = encoded(tokenizer, messages, args)
     shortened = without_oldest_turns(tokenizer, messages, 90)
     assert example["source_cut"] and not example["target_cut"]
     assert shortened[0] == system and 0 < len(shortened[1]["content"]) < 400
@@ -150,9 +158,9 @@ def test_limit_below_the_prompt_format_is_refused(glm3):
 def test_cut_answer_still_ends(name, request):
     tokenizer = request.getfixturevalue(name)
     messages = [{"role": "user", "content": "说"}, {"role": "assistant", "content": "好茶" * 50}]
-    whole = trained_ids(next(encoded_conversation(tokenizer, messages, ARGS)))
+    whole = trained_ids(encoded(tokenizer, messages, ARGS)[-1])
     args = ChatArguments(prompt_column="prompt", max_target_length=10)
-    cut = next(encoded_conversation(tokenizer, messages, args))
+    cut = encoded(tokenizer, messages, args)[-1]
     ending = whole[whole.index(tokenizer.eos_token_id) :]
     assert trained_ids(cut) == whole[:10] + ending and cut["target_cut"]
 
@@ -176,7 +184,7 @@ def test_padding_does_not_change_the_loss(chatglm3, glm3):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(chatglm3)
-    (row,) = encoded_conversation(glm3, TURNS, ARGS)
+    (row,) = encoded(glm3, TURNS)
     short, long = (ChatCollator(0, length=length)([row]) for length in (len(row["input_ids"]), 200))
     assert torch.allclose(model(**short).loss, model(**long).loss, rtol=1e-6)
 
@@ -243,7 +251,7 @@ def test_accuracy_and_loss_of_an_evaluation_count_trained_tokens_only(run, chatg
     metrics = results(run(flags, "--per_device_eval_batch_size", 3), "eval")
     model, right, total = AutoModelForCausalLM.from_pretrained(chatglm3), 0, 0
     for row in CHATS:
-        (example,) = encoded_conversation(glm3, conversation(row, ARGS, ""), ARGS)
+        (example,) = encoded(glm3, conversation(row, ARGS, ""))
         labels = torch.tensor(example["labels"])[1:]
         best = model(input_ids=torch.tensor([example["input_ids"]])).logits[0, :-1].argmax(-1)
         right, total = right + (best == labels).sum().item(), total + (labels != IGNORE_INDEX).sum().item()
