@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLEL
 
 oldest=transformers==5.17.0
 if [ ! -d ".venv/$oldest" ]; then
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target ".venv/$oldest" $oldest
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --target ".venv/$oldest" $oldest
 fi
 echo "== $oldest"
 PYTHONPATH=".venv/$oldest" .venv/bin/python -m pytest --numprocesses 2 tests/chatglm
