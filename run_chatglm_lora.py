@@ -354,6 +354,11 @@ def capped(dataset, limit):
 
 def text_blocks(raw, tokenizer, config, data_args, training_args):
     """Every split as blocks of `block_size` tokens, each block its own labels: run_clm.py's encoding."""
+    if hasattr(config, "position_encoding_2d"):
+        raise ValueError(
+            "ChatGLM-6B needs a [gMASK] and a <sop> in every row, which text cut into blocks does not have: "
+            "train it on conversations, with --prompt_column and --response_column."
+        )
     columns = column_names(raw.get("train" if training_args.do_train else "validation", next(iter(raw.values()))))
     text_column = "text" if "text" in columns else columns[0]
     block_size = chosen_block_size(data_args, tokenizer, config)
@@ -527,7 +532,7 @@ def ids_by_turn(tokenizer, messages) -> tuple[list[int], list[int]]:
 
 def answer_start(marks) -> int:
     """Where the last answer begins: behind the last token that is not trained."""
-    return len(marks) - next((i for i, mark in enumerate(reversed(marks)) if not mark), len(marks))
+    return len(marks) - marks[::-1].index(0)
 
 
 def without_oldest_turns(tokenizer, messages, limit) -> list[dict]:
@@ -561,22 +566,24 @@ def encoded_conversations(tokenizer, conversations, chat_args) -> Iterator[dict]
     end = own_end_id(tokenizer) or tokenizer.eos_token_id
     encoded = marked_ids(tokenizer, conversations)
     for messages, (ids, marks) in zip(conversations, encoded, strict=True):
-        source_cut = answer_start(marks) > chat_args.max_source_length
+        start = answer_start(marks)
+        source_cut = start > chat_args.max_source_length
         if source_cut:
             short = without_oldest_turns(tokenizer, messages, chat_args.max_source_length)
             ((ids, marks),) = marked_ids(tokenizer, [short])
-        start = answer_start(marks)
-        content = last_index(ids, end, start)
-        ending = ids[content:] or [end]
-        target_cut = content - start > chat_args.max_target_length
-        stop = min(content, start + chat_args.max_target_length)
-        labels = [token if mark else IGNORE_INDEX for token, mark in zip(ids[:stop], marks, strict=False)] + ending
-        yield {"input_ids": ids[:stop] + ending, "labels": labels, "source_cut": source_cut, "target_cut": target_cut}
-
-
-def last_index(ids, token, start) -> int:
-    """Where `token` stands last in ids[start:], or the length of ids."""
-    return next((i for i in range(len(ids) - 1, start - 1, -1) if ids[i] == token), len(ids))
+            start = answer_start(marks)
+        answer = ids[start:]
+        length = len(answer) - answer[::-1].index(end) - 1 if end in answer else len(answer)  # without its ending
+        kept = answer[: min(length, chat_args.max_target_length)] + (answer[length:] or [end])
+        labels = [IGNORE_INDEX] * start
+        for i in range(start) if 1 in marks[:start] else ():  # earlier answers
+            labels[i] = ids[i] if marks[i] else IGNORE_INDEX
+        yield {
+            "input_ids": ids[:start] + kept,
+            "labels": labels + kept,
+            "source_cut": source_cut,
+            "target_cut": length > chat_args.max_target_length,
+        }
 
 
 def encoded_chats(raw, tokenizer, chat_args, data_args, training_args):
