@@ -1,4 +1,4 @@
-"""Configuration of ChatGLM2-6B, ChatGLM3-6B and CodeGeeX2-6B."""
+"""Configuration of ChatGLM2-6B, CodeGeeX2-6B, ChatGLM3-6B and GLM-4-9B."""
 
 import os
 from typing import Any, ClassVar, Literal
@@ -9,17 +9,18 @@ from transformers.modeling_rope_utils import RopeParameters
 
 
 # ChatGLM2 and CodeGeeX2 divide positions by rope_ratio and work out rotary angles in the model's own dtype; ChatGLM3
-# multiplies the base by rope_ratio and keeps the angles in float32. Their prompts differ as well.
+# and GLM-4 multiply the base by rope_ratio and keep the angles in float32. Their prompts differ as well.
 SECOND_GENERATION = ("chatglm2", "codegeex2")
-GENERATIONS = (*SECOND_GENERATION, "chatglm3")
+GENERATIONS = (*SECOND_GENERATION, "chatglm3", "glm4")
+NAMES = {**{generation: generation for generation in GENERATIONS}, "glm-4": "glm4"}  # as parts of a checkpoint's name
 RELEASED_WITH = {"4.27.1": "chatglm2", "4.30.2": "chatglm3"}  # transformers_version in the published config.json
+GLM4_VOCABULARY = 151552
+GLM4_EPSILON = 1.5625e-7
 
 # What no released checkpoint uses and this code does not compute: the only value that it accepts.
 SUPPORTED_ONLY = {
     "inner_hidden_size": None,  # ChatGLM-6B, the first generation
     "position_encoding_2d": None,  # likewise
-    "quantization_bit": 0,
-    "pre_seq_len": None,
     "fp32_residual_connection": False,
 }
 
@@ -28,21 +29,26 @@ def generation_of(config: dict[str, Any], name_or_path: str = "") -> str:
     """Which of `GENERATIONS` the keys of a config.json and the checkpoint's name or folder point to."""
     if config.get("generation") is not None:
         return config["generation"]
+    if config.get("padded_vocab_size") == GLM4_VOCABULARY or config.get("layernorm_epsilon") == GLM4_EPSILON:
+        return "glm4"
     for name in (config.get("_name_or_path") or "", name_or_path):
         folder = os.path.basename(os.path.abspath(name)).lower() if name else ""
-        for generation in GENERATIONS:
-            if generation in folder:
+        for part, generation in NAMES.items():
+            if part in folder:
                 return generation
     if "interleaved_qkv" in config:
         return "codegeex2"
-    return RELEASED_WITH.get(config.get("transformers_version"), "chatglm3")
+    several_end_tokens = isinstance(config.get("eos_token_id"), (list, tuple))
+    return RELEASED_WITH.get(config.get("transformers_version"), "glm4" if several_end_tokens else "chatglm3")
 
 
 @strict
 class ChatGLMConfig(PreTrainedConfig):
     """Reads and writes the published config.json; the library's names for the same values work as attributes.
 
-    `generation` is "chatglm2", "codegeex2" or "chatglm3"; where it is not given, `generation_of` decides.
+    `generation` is "chatglm2", "codegeex2", "chatglm3" or "glm4"; where it is not given, `generation_of` decides.
+    `pre_seq_len` adds a trainable prefix (P-Tuning v2) of so many states and freezes all else; with
+    `prefix_projection` it passes through a small network. `quantization_bit` 4 or 8 is for quantised checkpoints.
     Raises ValueError for a checkpoint that this model cannot compute, ChatGLM-6B among them.
     """
 
@@ -93,7 +99,10 @@ class ChatGLMConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = 2
-    generation: Literal["chatglm2", "codegeex2", "chatglm3"] | None = None
+    quantization_bit: int | None = 0
+    pre_seq_len: int | None = None
+    prefix_projection: bool = False
+    generation: Literal["chatglm2", "codegeex2", "chatglm3", "glm4"] | None = None
 
     def __post_init__(self, **kwargs):
         for key, supported in SUPPORTED_ONLY.items():
@@ -102,10 +111,12 @@ class ChatGLMConfig(PreTrainedConfig):
                     f"config.json sets {key}={kwargs[key]!r}, which this ChatGLM2/ChatGLM3 code cannot compute; "
                     "load the plain checkpoint of ChatGLM2-6B, ChatGLM3-6B or CodeGeeX2-6B instead."
                 )
+        told_by = ("generation", "transformers_version", "padded_vocab_size", "layernorm_epsilon", "eos_token_id")
         self.generation = generation_of(
-            {"generation": self.generation, "transformers_version": self.transformers_version, **kwargs},
-            kwargs.get("name_or_path", ""),
+            {**{key: getattr(self, key) for key in told_by}, **kwargs}, kwargs.get("name_or_path", "")
         )
+        if self.generation == "glm4":
+            self.tokenizer_class = "ChatGLM4Tokenizer"
         if not self.multi_query_attention:
             self.multi_query_group_num = self.num_attention_heads
         if self.rope_parameters is None:
@@ -128,4 +139,7 @@ class ChatGLMConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         # PEFT reads the shape of a prefix from this dict, under the library's names.
-        return {**super().to_dict(), "num_key_value_heads": self.multi_query_group_num, "head_dim": self.kv_channels}
+        library = {"num_key_value_heads": self.multi_query_group_num, "head_dim": self.kv_channels}
+        if self.generation == "glm4":  # whose published config.json has both names
+            library["num_hidden_layers"] = self.num_layers
+        return {**super().to_dict(), **library}

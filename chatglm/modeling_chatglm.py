@@ -1,13 +1,17 @@
-"""ChatGLM2, ChatGLM3 and CodeGeeX2 as the library's Glm model under the published parameter names.
+"""ChatGLM2, CodeGeeX2, ChatGLM3 and GLM-4 as the library's Glm model under the published parameter names.
 
 Shapes: B batch, S tokens, H hidden size, n query heads, g key/value heads, d head size, R = d/2 rotated channels,
-F inner size of the MLP, V vocabulary rows.
+F inner size of the MLP, V vocabulary rows, L layers, P states of a trained prefix.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.glm.modeling_glm import (
     GlmForCausalLM,
@@ -18,12 +22,18 @@ from transformers.models.glm.modeling_glm import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from .configuration_chatglm import SECOND_GENERATION, ChatGLMConfig
+from .chat import ChatMixin, json_arguments, python_call_arguments
+from .configuration_chatglm import GLM4_VOCABULARY, SECOND_GENERATION, ChatGLMConfig
+from .loss import causal_lm_loss
+from .quantization import linear
 
 
-RELEASED_VOCABULARY = 65024
-RELEASED_CHATGLM3_STOP_IDS = [2, 64795, 64797]  # </s>, <|user|>, <|observation|>
+RELEASED_STOP_IDS = {  # the end token, <|user|> and <|observation|>, by generation and vocabulary rows
+    ("chatglm3", 65024): [2, 64795, 64797],
+    ("glm4", GLM4_VOCABULARY): [151329, 151336, 151338],
+}
 
 
 class ChatGLMRotaryEmbedding(GlmRotaryEmbedding):
@@ -48,9 +58,14 @@ class ChatGLMRotaryEmbedding(GlmRotaryEmbedding):
 
 
 class ChatGLMRMSNorm(GlmRMSNorm):
+    def __init__(self, hidden_size: int, eps: float, stays_bfloat16: bool = False):
+        super().__init__(hidden_size, eps)
+        self.stays_bfloat16 = stays_bfloat16
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         # Unlike Glm, the weight is applied before the result is rounded to half precision.
-        states = hidden_states.float()
+        rounded = self.stays_bfloat16 and hidden_states.dtype == torch.bfloat16
+        states = hidden_states if rounded else hidden_states.float()
         states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return (self.weight * states).to(hidden_states.dtype)
 
@@ -69,8 +84,9 @@ class ChatGLMAttention(nn.Module):
 
         channels = (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim
         qkv_bias = config.add_qkv_bias or config.add_bias_linear
-        self.query_key_value = nn.Linear(config.hidden_size, channels, bias=qkv_bias)
-        self.dense = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.add_bias_linear)
+        bits = config.quantization_bit
+        self.query_key_value = linear(config.hidden_size, channels, qkv_bias, bits)
+        self.dense = linear(self.num_heads * self.head_dim, config.hidden_size, config.add_bias_linear, bits)
 
     def split_heads(self, fused: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries [B, n, S, d], keys and values [B, g, S, d] of a fused projection [B, S, (n + 2g) d]."""
@@ -105,9 +121,9 @@ class ChatGLMAttention(nn.Module):
 class ChatGLMMLP(nn.Module):
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
-        bias = config.add_bias_linear
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=bias)
-        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=bias)
+        bias, bits = config.add_bias_linear, config.quantization_bit
+        self.dense_h_to_4h = linear(config.hidden_size, 2 * config.ffn_hidden_size, bias, bits)
+        self.dense_4h_to_h = linear(config.ffn_hidden_size, config.hidden_size, bias, bits)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, states = self.dense_h_to_4h(hidden_states).chunk(2, dim=-1)  # [B, S, F] each
@@ -115,7 +131,9 @@ class ChatGLMMLP(nn.Module):
 
 
 def chatglm_norm(config: ChatGLMConfig) -> nn.Module:
-    return (ChatGLMRMSNorm if config.rmsnorm else nn.LayerNorm)(config.hidden_size, eps=config.layernorm_epsilon)
+    if not config.rmsnorm:
+        return nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+    return ChatGLMRMSNorm(config.hidden_size, config.layernorm_epsilon, config.generation == "codegeex2")
 
 
 class ChatGLMDecoderLayer(GradientCheckpointingLayer):
@@ -137,12 +155,68 @@ class ChatGLMDecoderLayer(GradientCheckpointingLayer):
         return (normed if self.residual_after_norm else hidden_states) + self.dropout(self.mlp(normed))
 
 
+class ChatGLMPrefixEncoder(nn.Module):
+    """P-Tuning v2: learnt keys and values that stand before every sequence, in every layer."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.config = config
+        width = 2 * config.num_layers * config.multi_query_group_num * config.kv_channels
+        self.embedding = nn.Embedding(config.pre_seq_len, width)
+        self.trans = nn.Identity()
+        if config.prefix_projection:
+            self.trans = nn.Sequential(
+                nn.Linear(width, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, width)
+            )
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, batch_size: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Key and value [B, g, P, d] of each layer."""
+        rows = torch.arange(self.config.pre_seq_len, device=self.embedding.weight.device)
+        states = self.trans(self.embedding(rows)).to(dtype)  # [P, 2 L g d]
+        states = states.unflatten(-1, (2 * self.config.num_layers, -1, self.config.kv_channels))
+        states = self.dropout(states.expand(batch_size, -1, -1, -1, -1)).permute(2, 0, 3, 1, 4)  # [2L, B, g, P, d]
+        return list(zip(states[::2], states[1::2], strict=True))
+
+
+class ChatGLMPrefixCache(DynamicCache):
+    """A past that takes nothing up: a layer that runs again in the backward pass sees the same prefix."""
+
+    def __init__(self, prefix: list[tuple[torch.Tensor, torch.Tensor]]):
+        super().__init__()
+        for index, states in enumerate(prefix):
+            super().update(*states, index)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        past = self.layers[layer_idx]
+        return torch.cat((past.keys, key_states), dim=2), torch.cat((past.values, value_states), dim=2)
+
+
 class ChatGLMPreTrainedModel(GlmPreTrainedModel):
     config: ChatGLMConfig
     base_model_prefix = "transformer"
     _no_split_modules = ["ChatGLMDecoderLayer"]
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]  # in every published file, computed here
     _can_record_outputs = {"hidden_states": ChatGLMDecoderLayer, "attentions": ChatGLMAttention}
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_all_but_prefix()
+        return loaded
+
+    def freeze_all_but_prefix(self):
+        """With `pre_seq_len`, nothing of the language model but the prefix encoder is trained."""
+        if self.config.pre_seq_len:
+            for name, parameter in self.base_model.named_parameters():
+                parameter.requires_grad_("prefix_encoder." in name)
+
+    def _init_weights(self, module: nn.Module):
+        prefix = self.base_model.prefix_encoder.modules() if self.config.pre_seq_len else ()
+        if isinstance(module, (nn.Embedding, nn.Linear)) and module in [*prefix]:
+            module.reset_parameters()  # torch's start, fifty times larger than the library's
+        else:
+            super()._init_weights(module)
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel, GlmModel):
@@ -159,8 +233,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel, GlmModel):
             }
         )
         self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        if config.pre_seq_len:
+            self.prefix_encoder = ChatGLMPrefixEncoder(config)
+            for layer in self.layers:
+                layer._can_checkpoint_with_cache = True  # ChatGLMPrefixCache, the only one in training
         self.gradient_checkpointing = False
         self.post_init()
+        self.freeze_all_but_prefix()
 
     @property
     def embed_tokens(self) -> nn.Embedding:
@@ -184,8 +263,71 @@ class ChatGLMModel(ChatGLMPreTrainedModel, GlmModel):
     def set_input_embeddings(self, value: nn.Embedding):
         self.embedding.word_embeddings = value
 
+    @can_return_tuple
+    @merge_with_config_defaults
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """GlmModel's forward; a prefix becomes the past of every layer, before position 0.
 
-class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GlmForCausalLM):
+        Shapes: input_ids and position_ids [B, S], attention_mask [B, all S so far], inputs_embeds [B, S, H].
+        Raises ValueError for a prefix with another kind of mask, a static cache or a flattened batch.
+        """
+        if self.config.pre_seq_len:
+            batch_size, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+            self.refuse_what_has_no_place_for_a_prefix(attention_mask, position_ids, past_key_values)
+            if past_key_values is None or past_key_values.get_seq_length() == 0:
+                past_key_values = self.filled_with_prefix(past_key_values, batch_size, use_cache)
+            past_length = past_key_values.get_seq_length()
+            if attention_mask is not None:
+                attention_mask = nn.functional.pad(
+                    attention_mask, (past_length + length - attention_mask.shape[1], 0), value=1
+                )
+            if position_ids is None:
+                first = past_length - self.config.pre_seq_len
+                position_ids = torch.arange(first, first + length, device=self.device)[None]
+
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        if isinstance(past_key_values, ChatGLMPrefixCache):
+            outputs.past_key_values = None
+        return outputs
+
+    def refuse_what_has_no_place_for_a_prefix(
+        self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, cache: Cache | None
+    ):
+        static = cache is not None and cache.is_compileable
+        if static or (attention_mask is not None and attention_mask.ndim != 2):
+            raise ValueError("With pre_seq_len, attention_mask must be [B, S] and the cache a dynamic one.")
+        if attention_mask is None and position_ids is not None and (position_ids.diff() < 0).any():
+            raise ValueError("With pre_seq_len, rows cannot be flattened into one; pad them instead.")
+
+    def filled_with_prefix(self, cache: Cache | None, batch_size: int, use_cache: bool) -> Cache:
+        prefix = self.prefix_encoder(batch_size, self.embed_tokens.weight.dtype)
+        if not use_cache:
+            return ChatGLMPrefixCache(prefix)
+        cache = DynamicCache(config=self.config) if cache is None else cache
+        for index, states in enumerate(prefix):
+            cache.update(*states, index)
+        return cache
+
+
+class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, GlmForCausalLM):
     """The language model, under the class name of the published code."""
 
     _tied_weights_keys = {}
@@ -197,6 +339,18 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GlmForCausalLM):
         GlmPreTrainedModel.__init__(self, config)
         self.transformer = ChatGLMModel(config)
         self.post_init()
+
+    @property
+    def history_of_pairs(self) -> bool:
+        return self.config.generation in SECOND_GENERATION
+
+    @property
+    def fallback_token_id(self) -> int:
+        return 198 if self.config.generation == "glm4" else 5
+
+    @property
+    def tool_arguments(self) -> Callable[[str], dict[str, Any] | None]:
+        return json_arguments if self.config.generation == "glm4" else python_call_arguments
 
     @property
     def model(self) -> ChatGLMModel:
@@ -218,12 +372,56 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GlmForCausalLM):
     def set_output_embeddings(self, new_embeddings: nn.Linear):
         self.transformer.output_layer = new_embeddings
 
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        skip_logits: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """GlmForCausalLM's forward, except that in training a loss comes without logits.
+
+        `skip_logits` decides instead of the mode: False gives the logits [B, S, V] in training too, True leaves them
+        out in evaluation. The loss is that of `causal_lm_loss`; labels are [B, S], -100 where nothing is learnt.
+        """
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }
+        if labels is None or "shift_labels" in kwargs:  # the latter from sequence parallelism
+            return super().forward(
+                **inputs, labels=labels, logits_to_keep=logits_to_keep, num_items_in_batch=num_items_in_batch, **kwargs
+            )
+        outputs = self.transformer(**inputs, **kwargs)
+        states = outputs.last_hidden_state  # [B, S, H]
+        skip_logits = self.training if skip_logits is None else skip_logits
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return CausalLMOutputWithPast(
+            loss=causal_lm_loss(states, labels, self.lm_head, num_items_in_batch),
+            logits=None if skip_logits else self.lm_head(states[:, kept]),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
     def adjust_generation_fn(self, *args, **kwargs):
         super().adjust_generation_fn(*args, **kwargs)
         # ChatGLM3 was released without generation_config.json, and its config.json names </s> only.
-        released = self.config.generation == "chatglm3" and self.config.padded_vocab_size == RELEASED_VOCABULARY
+        released = RELEASED_STOP_IDS.get((self.config.generation, self.config.padded_vocab_size))
         if released and self.generation_config._from_model_config:
-            self.generation_config.eos_token_id = RELEASED_CHATGLM3_STOP_IDS
+            self.generation_config.eos_token_id = released
 
 
 class ChatGLMForSequenceClassification(GenericForSequenceClassification, ChatGLMPreTrainedModel):

@@ -1,28 +1,23 @@
 """Tokenizer of ChatGLM2-6B, ChatGLM3-6B and CodeGeeX2-6B, with their published prompts as chat template."""
 
 import json
-import os
 from collections.abc import Iterator
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
-from transformers import TokenizersBackend
-from transformers.tokenization_utils_base import BatchEncoding
-from transformers.utils.chat_template_utils import get_json_schema
 
-from .configuration_chatglm import GENERATIONS, SECOND_GENERATION, generation_of
+from .configuration_chatglm import SECOND_GENERATION, generation_of
+from .tokenization_parts import ROLE_TOKENS, Part, PartsTokenizer, config_beside, is_trained
 
 
-VOCAB_FILES_NAMES = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
 PREFIX = ["[gMASK]", "sop"]  # opens every sequence
 APPENDED = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]  # ids after the SentencePiece vocabulary, in this order
 ROLES = {
     "chatglm2": {},
     "codegeex2": {},
-    "chatglm3": {role: f"<|{role}|>" for role in ("system", "user", "assistant", "observation")},
+    "chatglm3": ROLE_TOKENS,
 }
 TOOLS_PROMPT = "Answer the following questions as best as you can. You have access to the following tools:"
 
@@ -69,15 +64,7 @@ ROLES_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}""".replace("TOOLS_PROMPT", TOOLS_PROMPT)
 
 
-CHAT_TEMPLATES = {generation: ROLES_TEMPLATE if ROLES[generation] else ROUNDS_TEMPLATE for generation in GENERATIONS}
-
-
-class Part(NamedTuple):
-    """A piece of a prompt that is encoded on its own: a special token or a text with its own leading blank."""
-
-    text: str
-    special: bool = False
-    trained: bool = False
+CHAT_TEMPLATES = {generation: ROLES_TEMPLATE if ROLES[generation] else ROUNDS_TEMPLATE for generation in ROLES}
 
 
 def merges_of(scores: dict[str, float]) -> list[tuple[str, str]]:
@@ -113,28 +100,6 @@ def backend_from_sentencepiece(vocab_file: str, generation: str) -> Tokenizer:
         word = token.isalpha()
         backend.add_special_tokens([AddedToken(token, single_word=word, rstrip=word, normalized=False, special=True)])
     return backend
-
-
-def config_beside(vocab_file: str | None) -> dict[str, Any]:
-    """The config.json in the folder of the vocabulary, or nothing."""
-    path = os.path.join(os.path.dirname(vocab_file or ""), "config.json")
-    if not (vocab_file and os.path.isfile(path)):
-        return {}
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
-
-
-def position_ids_of(attention_mask: list[int]) -> list[int]:
-    """0, 1, 2, ... over the real tokens, 0 on padding."""
-    if 0 not in attention_mask:
-        return list(range(len(attention_mask)))
-    return [real * (seen - 1) for real, seen in zip(attention_mask, accumulate(attention_mask), strict=True)]
-
-
-def is_trained(message: dict[str, Any]) -> bool:
-    """Whether a reply is learnt: assistant messages are, unless their own `loss` key says otherwise."""
-    loss = message.get("loss")
-    return message["role"] == "assistant" if loss is None else bool(loss)
 
 
 def role_parts(messages: list[dict], tools: list | None, cue: bool, roles: dict[str, str]) -> Iterator[Part]:
@@ -176,16 +141,7 @@ def round_parts(messages: list[dict], cue: bool) -> Iterator[Part]:
         yield Part(messages[-1]["content"], trained=is_trained(messages[-1]))
 
 
-def text_of(parts: list[Part]) -> str:
-    """The prompt as text: tokenised with special tokens found in it, it gives the ids of the parts."""
-    text = ""
-    for previous, part in zip([None, *parts[:-1]], parts, strict=True):
-        follows_role = previous is None or (previous.special and previous.text not in PREFIX)
-        text += part.text if part.special or follows_role or not part.text else " " + part.text
-    return text
-
-
-class ChatGLMTokenizer(TokenizersBackend):
+class ChatGLMTokenizer(PartsTokenizer):
     """Fast tokenizer over the published tokenizer.model.
 
     Special tokens written out in a text stay text, except that ChatGLM3's `encode_special_tokens=True` finds the four
@@ -193,9 +149,8 @@ class ChatGLMTokenizer(TokenizersBackend):
     where it is not given. Raises ValueError without a vocabulary file.
     """
 
-    vocab_files_names = VOCAB_FILES_NAMES
-    model_input_names = ["input_ids", "attention_mask", "position_ids"]
-    padding_side = "left"
+    prefix = PREFIX
+    end_of_pair = "</s>"
 
     def __init__(
         self,
@@ -209,6 +164,7 @@ class ChatGLMTokenizer(TokenizersBackend):
             raise ValueError("ChatGLMTokenizer found no tokenizer.model; copy the published one into the folder.")
         if generation is None:  # a published folder, whose template (if any) knows neither tools nor metadata
             generation = generation_of(config_beside(vocab_file), kwargs.get("name_or_path", ""))
+            generation = generation if generation in ROLES else "chatglm3"  # whose vocabulary file this is not GLM-4's
             kwargs.pop("chat_template", None)
         self.generation = generation
         self.roles = ROLES[generation]
@@ -228,10 +184,6 @@ class ChatGLMTokenizer(TokenizersBackend):
         # Special tokens in text stay text. Not saved: whoever loads tokenizer.json alone needs them to be found.
         self.split_special_tokens = True
 
-    @classmethod
-    def convert_to_native_format(cls, **kwargs) -> dict[str, Any]:
-        return kwargs  # __init__ reads the files itself
-
     def _backend(self, vocab_file: str | None, tokenizer_file: str | None) -> Tokenizer:
         if tokenizer_file:
             backend = Tokenizer.from_file(tokenizer_file)
@@ -242,153 +194,31 @@ class ChatGLMTokenizer(TokenizersBackend):
         # The backend goes on treating a token as special until it is loaded anew.
         return backend if special else Tokenizer.from_str(backend.to_str())
 
-    def update_post_processor(self):
-        prefix = " ".join(f"{token}:0" for token in PREFIX)
-        self._tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{prefix} $A:0",
-            pair=f"{prefix} $A:0 $B:0 </s>:0",
-            special_tokens=[(token, self._tokenizer.token_to_id(token)) for token in [*PREFIX, "</s>"]],
-        )
-
-    @property
-    def stop_token_ids(self) -> list[int]:
-        """Ids that end a reply: </s>, and for ChatGLM3 the token of whoever speaks next."""
-        names = [self.roles[role] for role in ("user", "observation") if role in self.roles]
-        return [self.eos_token_id, *self.convert_tokens_to_ids(names)]
-
-    @property
-    def end_of_reply_token_id(self) -> int:
-        return self.eos_token_id
-
-    def _convert_encoding(self, encoding, *args, **kwargs):
-        columns, encodings = super()._convert_encoding(encoding, *args, **kwargs)
-        if "position_ids" in self.model_input_names:
-            columns["position_ids"] = [position_ids_of(each.attention_mask) for each in encodings]
-        return columns, encodings
-
-    def _pad(self, encoded_inputs, *args, padding_side: str | None = None, **kwargs):
-        real = len(encoded_inputs["input_ids"])
-        if "position_ids" in self.model_input_names and "position_ids" not in encoded_inputs:
-            encoded_inputs["position_ids"] = position_ids_of(encoded_inputs.get("attention_mask", [1] * real))
-        encoded = super()._pad(encoded_inputs, *args, padding_side=padding_side, **kwargs)
-        zeros = [0] * (len(encoded["input_ids"]) - real)
-        for column in {"position_ids", "assistant_masks"} & set(encoded):
-            left = (padding_side or self.padding_side) == "left"
-            encoded[column] = zeros + encoded[column] if left else encoded[column] + zeros
-        return encoded
-
     def _decode(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> str:
         # ChatGLM2 never shows special tokens, ChatGLM3 does unless told otherwise.
         skip_special_tokens = skip_special_tokens or self.generation in SECOND_GENERATION
         return super()._decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
 
-    def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
-        files = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
-        return files + self.save_vocabulary(save_directory, filename_prefix) if self.can_save_slow_tokenizer else files
+    def _own_prompt(self, template: str) -> bool:
+        return template == CHAT_TEMPLATES[self.generation]
 
-    def apply_chat_template(
-        self,
-        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
-        tools: list | None = None,
-        documents: list[dict] | None = None,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
-        tokenize: bool = True,
-        padding: bool | str = False,
-        truncation: bool = False,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
-        return_dict: bool = True,
-        return_assistant_tokens_mask: bool = False,
-        tokenizer_kwargs: dict[str, Any] | None = None,
-        **kwargs,
-    ):
-        """The published prompt of one conversation or a batch of them, every part encoded on its own.
-
-        Messages are dicts of `role` and `content`, with ChatGLM3 also `metadata`, and `tools` in the system message.
-        No end token is appended. With `return_assistant_tokens_mask`, `assistant_masks` marks what a model should
-        learn: with ChatGLM3 each assistant message and the role token after it, with ChatGLM2 the final reply;
-        a message's own `loss` key (true or false) takes precedence. Raises ValueError for an unknown role.
-        """
-        tokenizer_kwargs = tokenizer_kwargs or {}
-        if (chat_template or self.chat_template) != CHAT_TEMPLATES[self.generation]:
-            return super().apply_chat_template(
-                conversation,
-                tools=tools,
-                documents=documents,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=tokenize,
-                padding=padding,
-                truncation=truncation,
-                max_length=max_length,
-                return_tensors=return_tensors,
-                return_dict=return_dict,
-                return_assistant_tokens_mask=return_assistant_tokens_mask,
-                tokenizer_kwargs={"split_special_tokens": False, **tokenizer_kwargs},
-                **kwargs,
-            )
-        if continue_final_message and add_generation_prompt:
-            raise ValueError(
-                "Choose one of continue_final_message and add_generation_prompt: the reply is open or new."
-            )
-
-        batched = len(conversation) > 0 and not isinstance(conversation[0], dict)
-        conversations = conversation if batched else [conversation]
-        prompts = [self._prompt(messages, tools, add_generation_prompt) for messages in conversations]
-        if not tokenize:
-            texts = [text_of(parts) for parts in prompts]
-            return texts if batched else texts[0]
-
-        columns = self._encode_prompts(prompts)
-        if not return_assistant_tokens_mask:
-            del columns["assistant_masks"]
-        if truncation:
-            limit = max_length or self.model_max_length
-            kept = slice(-limit, None) if self.truncation_side == "left" else slice(limit)
-            columns = {name: [row[kept] for row in rows] for name, rows in columns.items()}
-        encoding = self.pad(
-            columns, padding=padding, max_length=max_length, return_tensors=return_tensors, **tokenizer_kwargs
-        )
-        if not batched and return_tensors is None:
-            encoding = BatchEncoding({name: rows[0] for name, rows in encoding.items()})
-        return encoding if return_dict else encoding["input_ids"]
-
-    def _prompt(self, messages: list[dict], tools: list | None, cue: bool) -> list[Part]:
-        if not messages:
-            raise ValueError("A conversation needs at least one message.")
-        known = self.roles or ("system", "user", "assistant")
-        messages = [{**message, "content": message.get("content") or ""} for message in messages]
-        for message in messages:
-            if message.get("role") not in known:
-                raise ValueError(f"Unknown role {message.get('role')!r}: {self.generation} knows {', '.join(known)}.")
-            if not isinstance(message["content"], str):
-                raise ValueError(
-                    f"The content of a {message['role']} message must be text, got {message['content']!r}."
-                )
-        if not self.roles and (tools or messages[0].get("tools")):
+    def _parts(self, messages: list[dict], tools: list, cue: bool, template: str) -> list[Part]:
+        if self.roles:
+            return list(role_parts(messages, tools, cue, self.roles))
+        if tools or messages[0].get("tools"):
             raise ValueError(f"{self.generation} has no prompt for tools; leave them out or use ChatGLM3.")
-        tools = [get_json_schema(tool) if callable(tool) else tool for tool in tools or []]
-        parts = role_parts(messages, tools, cue, self.roles) if self.roles else round_parts(messages, cue)
-        return [*(Part(token, special=True) for token in PREFIX), *parts]
+        return list(round_parts(messages, cue))
 
-    def _encode_prompts(self, prompts: list[list[Part]]) -> dict[str, list[list[int]]]:
-        """Ids and training masks of all prompts, with all their texts in one call of the backend."""
-        backend = self._tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True  # that is, as text
-        texts = [part.text for parts in prompts for part in parts if not part.special]
-        encodings = iter(backend.encode_batch_fast(texts, add_special_tokens=False))
-        input_ids, masks = [], []
-        for parts in prompts:
-            ids, mask = [], []
-            for part in parts:
-                part_ids = [backend.token_to_id(part.text)] if part.special else next(encodings).ids
-                ids += part_ids
-                mask += [int(part.trained)] * len(part_ids)
-            input_ids.append(ids)
-            masks.append(mask)
-        return {"input_ids": input_ids, "assistant_masks": masks}
+    def _text_of(self, parts: list[Part]) -> str:
+        text = ""
+        for previous, part in zip([None, *parts[:-1]], parts, strict=True):
+            follows_role = previous is None or (previous.special and previous.text not in PREFIX)
+            text += part.text if part.special or follows_role or not part.text else " " + part.text
+        return text
+
+    def continuation_of_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        if self.roles:
+            return super().continuation_of_chat(messages)
+        round_number = sum(message["role"] == "user" for message in messages)
+        text = f"\n\n[Round {round_number}]\n\n问：{messages[-1]['content']}\n\n答："
+        return self.encode(text, add_special_tokens=False)[1:]  # without the blank that opens every text

@@ -7,6 +7,7 @@ anything else line by line), or from a few built-in sentences.
 """
 
 import argparse
+import base64
 import io
 import json
 import sys
@@ -21,8 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceTrainer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from chatglm import ChatGLM4Tokenizer, ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 
 
 TEXT = """\
@@ -41,7 +47,15 @@ SETTLED_IDS = 3 + 256  # <unk>, <s>, </s> and the bytes
 RELEASES = {  # what tells the published config.json files apart
     "chatglm2": {"_name_or_path": "THUDM/chatglm2-6b", "transformers_version": "4.27.1", "seq_length": 32768},
     "chatglm3": {"_name_or_path": "THUDM/chatglm3-6b", "transformers_version": "4.30.2", "seq_length": 8192},
+    "glm4": {
+        "_name_or_path": "THUDM/glm-4-9b-chat",
+        "transformers_version": "4.44.0",
+        "seq_length": 131072,
+        "rope_ratio": 500,
+        "layernorm_epsilon": 1.5625e-07,
+    },
 }
+TOKENIZERS = {"chatglm2": ChatGLMTokenizer, "chatglm3": ChatGLMTokenizer, "glm4": ChatGLM4Tokenizer}
 AUTO_MAP = {
     "AutoConfig": "configuration_chatglm.ChatGLMConfig",
     "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
@@ -121,10 +135,22 @@ def trained_pieces(lines: list[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def published_config(arguments: argparse.Namespace, padded_vocab_size: int) -> dict[str, Any]:
+def trained_ranks(lines: list[str], vocab_size: int) -> bytes:
+    """GLM-4's kind of tokenizer.model: lines of a token's bytes in base64 and its rank."""
+    characters = bytes_to_unicode()
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    trainer = BpeTrainer(vocab_size=vocab_size, initial_alphabet=[*characters.values()], show_progress=False)
+    tokenizer.train_from_iterator(lines, trainer)
+    bytes_of = {character: bytes([byte]) for byte, character in characters.items()}
+    ranks = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    tokens = (b"".join(map(bytes_of.get, token)) for token, _ in ranks)
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+
+
+def published_config(arguments: argparse.Namespace, tokenizer: ChatGLMTokenizer | ChatGLM4Tokenizer) -> dict[str, Any]:
     """A config.json with the keys of the released ones."""
     return {
-        **RELEASES[arguments.generation],
         "model_type": "chatglm",
         "architectures": ["ChatGLMModel"],
         "auto_map": AUTO_MAP,
@@ -146,14 +172,15 @@ def published_config(arguments: argparse.Namespace, padded_vocab_size: int) -> d
         "num_attention_heads": 4,
         "num_layers": arguments.num_layers,
         "original_rope": True,
-        "padded_vocab_size": padded_vocab_size,
+        "padded_vocab_size": -(-len(tokenizer) // 64) * 64,
         "post_layer_norm": True,
         "rmsnorm": True,
         "use_cache": True,
         "torch_dtype": "float32",
         "tie_word_embeddings": False,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
+        "eos_token_id": tokenizer.stop_token_ids if arguments.generation == "glm4" else tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **RELEASES[arguments.generation],
     }
 
 
@@ -177,7 +204,9 @@ def random_weights(config: ChatGLMConfig, seed: int) -> dict[str, torch.Tensor]:
 def main():
     arguments = parsed_arguments()
     folder = arguments.directory
-    pieces = trained_pieces(lines_of(arguments.text), arguments.vocab_size)
+    tokenizer_class = TOKENIZERS[arguments.generation]
+    trained = trained_ranks if arguments.generation == "glm4" else trained_pieces
+    pieces = trained(lines_of(arguments.text), arguments.vocab_size)
 
     def write_json(name: str, content: dict):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -191,14 +220,16 @@ def main():
             "name_or_path": RELEASES[arguments.generation]["_name_or_path"],
             "remove_space": False,
             "do_lower_case": False,
-            "tokenizer_class": "ChatGLMTokenizer",
-            "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
+            "tokenizer_class": tokenizer_class.__name__,
+            "auto_map": {"AutoTokenizer": [f"tokenization_chatglm.{tokenizer_class.__name__}", None]},
         },
     )
-    tokenizer = ChatGLMTokenizer.from_pretrained(folder, generation=arguments.generation)
-    config = published_config(arguments, padded_vocab_size=-(-len(tokenizer) // 64) * 64)
+    tokenizer = tokenizer_class.from_pretrained(folder, generation=arguments.generation)
+    config = published_config(arguments, tokenizer)
     write_json("config.json", config)
-    write_json("generation_config.json", {"eos_token_id": tokenizer.stop_token_ids, "pad_token_id": 0})
+    write_json(
+        "generation_config.json", {"eos_token_id": tokenizer.stop_token_ids, "pad_token_id": tokenizer.pad_token_id}
+    )
     weights = random_weights(ChatGLMConfig(**config), arguments.seed)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     size = sum(weight.numel() for weight in weights.values())

@@ -9,7 +9,9 @@ import torch
 torch.set_num_threads(2)
 
 GOLDENS = Path(__file__).parent / "goldens"
-GENERATIONS = {"v2": "chatglm2", "v3": "chatglm3"}
+GENERATIONS = {"v2": "chatglm2", "v3": "chatglm3", "glm4": "glm4"}
+TOKENIZERS = {"v2": "ChatGLMTokenizer", "v3": "ChatGLMTokenizer", "glm4": "ChatGLM4Tokenizer"}
+VOCABULARIES = {"v2": "v2_tok.model", "v3": "v2_tok.model", "glm4": "glm4_tok.model"}
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +27,7 @@ def version(request) -> str:
 def write_published_folder(folder: Path, version: str) -> Path:
     """Weights, vocabulary and configuration files as a released checkpoint has them."""
     shutil.copytree(GOLDENS / "model" / f"{version}_s0", folder, ignore=shutil.ignore_patterns("goldens.*"))
-    shutil.copy(GOLDENS / "tokenizer" / "v2_tok.model", folder / "tokenizer.model")
+    shutil.copy(GOLDENS / "tokenizer" / VOCABULARIES[version], folder / "tokenizer.model")
     config = json.loads((folder / "config.json").read_text())
     auto_classes = ["AutoModel", "AutoModelForCausalLM"]
     config["auto_map"] = {"AutoConfig": "configuration_chatglm.ChatGLMConfig"}
@@ -34,8 +36,8 @@ def write_published_folder(folder: Path, version: str) -> Path:
     tokenizer_config = {
         "remove_space": False,
         "do_lower_case": False,
-        "tokenizer_class": "ChatGLMTokenizer",
-        "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
+        "tokenizer_class": TOKENIZERS[version],
+        "auto_map": {"AutoTokenizer": [f"tokenization_chatglm.{TOKENIZERS[version]}", None]},
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     return folder
@@ -54,3 +56,8 @@ def v2_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def v3_folder(tmp_path_factory) -> Path:
     return write_published_folder(tmp_path_factory.mktemp("published") / "checkpoint", "v3")
+
+
+@pytest.fixture(scope="session")
+def glm4_folder(tmp_path_factory) -> Path:
+    return write_published_folder(tmp_path_factory.mktemp("published") / "checkpoint", "glm4")

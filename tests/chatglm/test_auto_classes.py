@@ -10,29 +10,32 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 import chatglm
 
 
+GENERATIONS = {"v2": "chatglm2", "v3": "chatglm3", "glm4": "glm4"}
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "scripts" / "tiny_chatglm.py"
 
 
 @pytest.mark.parametrize("trust_remote_code", [None, True])
-def test_published_folder_loads_through_the_auto_classes(folder, trust_remote_code):
+def test_published_folder_loads_through_the_auto_classes(folder, version, trust_remote_code):
     options = {"trust_remote_code": trust_remote_code}
+    tokenizer = chatglm.ChatGLM4Tokenizer if version == "glm4" else chatglm.ChatGLMTokenizer
     assert type(AutoConfig.from_pretrained(folder, **options)) is chatglm.ChatGLMConfig
-    assert type(AutoTokenizer.from_pretrained(folder, **options)) is chatglm.ChatGLMTokenizer
+    assert type(AutoTokenizer.from_pretrained(folder, **options)) is tokenizer
     assert type(AutoModel.from_pretrained(folder, **options)) is chatglm.ChatGLMForConditionalGeneration
     assert type(AutoModelForCausalLM.from_pretrained(folder, **options)) is chatglm.ChatGLMForConditionalGeneration
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, **options)
     assert type(classifier) is chatglm.ChatGLMForSequenceClassification
 
 
-def test_folder_without_auto_map_or_tokenizer_config_loads(v3_folder, tmp_path):
-    config = json.loads((v3_folder / "config.json").read_text())
+def test_folder_without_auto_map_or_tokenizer_config_loads(folder, version, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
     del config["auto_map"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "tokenizer.model").write_bytes((v3_folder / "tokenizer.model").read_bytes())
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
     assert type(AutoConfig.from_pretrained(tmp_path)) is chatglm.ChatGLMConfig
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert (type(tokenizer), tokenizer.generation) == (chatglm.ChatGLMTokenizer, "chatglm3")
+    expected = chatglm.ChatGLM4Tokenizer if version == "glm4" else chatglm.ChatGLMTokenizer
+    assert (type(tokenizer), tokenizer.generation) == (expected, GENERATIONS[version])
 
 
 def test_registering_again_is_harmless(v3_folder):
@@ -46,12 +49,13 @@ def run_tiny(*arguments, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
-def test_tiny_checkpoint_is_deterministic_and_loads(tmp_path):
+@pytest.mark.parametrize("generation", ["chatglm2", "glm4"])
+def test_tiny_checkpoint_is_deterministic_and_loads(tmp_path, generation):
     text = tmp_path / "rows.jsonl"
     text.write_text(
         json.dumps({"content": "类型#上衣*颜色#白色", "summary": ["白色的上衣很百搭"]}, ensure_ascii=False)
     )
-    options = ["--generation", "chatglm2", "--text", text, "--vocab_size", 300, "--hidden_size", 32]
+    options = ["--generation", generation, "--text", text, "--vocab_size", 300, "--hidden_size", 32]
     for name in ("one", "two"):
         result = run_tiny(name, *options, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
@@ -63,7 +67,8 @@ def test_tiny_checkpoint_is_deterministic_and_loads(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "one", output_loading_info=True)
     assert not any(report.values())
-    assert (tokenizer.generation, model.config.generation) == ("chatglm2", "chatglm2")
+    assert (tokenizer.generation, model.config.generation) == (generation, generation)
+    assert model.generation_config.eos_token_id == tokenizer.stop_token_ids
     assert len(tokenizer) <= model.config.vocab_size
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "你好"}], return_tensors="pt")
     assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] <= ids["input_ids"].shape[1] + 3

@@ -20,6 +20,16 @@ TALK = [
 SPECIAL_TEXTS = ["[gMASK]", "a [MASK] b", "sop", "</s>", "<unk>", "<|user|>hi<|assistant|>", "<0x0A>", "philosophy"]
 
 
+@pytest.fixture(scope="module", params=["v2", "v3"])
+def version(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(request, version):
+    return request.getfixturevalue(f"{version}_folder")
+
+
 @pytest.fixture(scope="module")
 def recorded(goldens, version):
     return json.loads((goldens / "tokenizer" / f"tok_{version}.json").read_text())

@@ -1,0 +1,227 @@
+"""What the tokenizers of ChatGLM2 to GLM-4 share: prompts encoded part by part, masks, positions, padding."""
+
+import json
+import os
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+from tokenizers import processors
+from transformers import TokenizersBackend
+from transformers.tokenization_utils_base import BatchEncoding
+from transformers.utils.chat_template_utils import get_json_schema
+
+
+VOCAB_FILES_NAMES = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
+ROLE_TOKENS = {role: f"<|{role}|>" for role in ("system", "user", "assistant", "observation")}
+
+
+class Part(NamedTuple):
+    """A piece of a prompt that is encoded on its own: a special token or a text."""
+
+    text: str
+    special: bool = False
+    trained: bool = False
+
+
+def config_beside(vocab_file: str | None) -> dict[str, Any]:
+    """The config.json in the folder of the vocabulary, or nothing."""
+    path = os.path.join(os.path.dirname(vocab_file or ""), "config.json")
+    if not (vocab_file and os.path.isfile(path)):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def position_ids_of(attention_mask: list[int]) -> list[int]:
+    """0, 1, 2, ... over the real tokens, 0 on padding."""
+    if 0 not in attention_mask:
+        return list(range(len(attention_mask)))
+    return [real * (seen - 1) for real, seen in zip(attention_mask, accumulate(attention_mask), strict=True)]
+
+
+def is_trained(message: dict[str, Any]) -> bool:
+    """Whether a reply is learnt: assistant messages are, unless their own `loss` key says otherwise."""
+    loss = message.get("loss")
+    return message["role"] == "assistant" if loss is None else bool(loss)
+
+
+class PartsTokenizer(TokenizersBackend):
+    """A fast tokenizer whose chat prompts are lists of `Part`, which subclasses make in `_parts`.
+
+    Special tokens written out in a message stay text. The training mask is decided where a part is made.
+    """
+
+    vocab_files_names = VOCAB_FILES_NAMES
+    model_input_names = ["input_ids", "attention_mask", "position_ids"]
+    padding_side = "left"
+    prefix: list[str]  # opens every sequence
+    end_of_pair: str
+    generation: str
+    roles: dict[str, str]  # role tokens by role; none where the prompt is made of rounds
+
+    @classmethod
+    def convert_to_native_format(cls, **kwargs) -> dict[str, Any]:
+        return kwargs  # __init__ reads the files itself
+
+    def update_post_processor(self):
+        prefix = " ".join(f"{token}:0" for token in self.prefix)
+        self._tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{prefix} $A:0",
+            pair=f"{prefix} $A:0 $B:0 {self.end_of_pair}:0",
+            special_tokens=[(token, self._tokenizer.token_to_id(token)) for token in [*self.prefix, self.end_of_pair]],
+        )
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Ids that end a reply: the end token and, where roles have tokens, that of whoever speaks next."""
+        names = [self.roles[role] for role in ("user", "observation") if role in self.roles]
+        return [self.eos_token_id, *self.convert_tokens_to_ids(names)]
+
+    @property
+    def end_of_reply_token_id(self) -> int:
+        """The id that a model learns to end a conversation with."""
+        return self.eos_token_id
+
+    def continuation_of_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Ids of the last message and the cue for a reply, to go on from a cache that holds all before them."""
+        ids = self.apply_chat_template(messages[-1:], add_generation_prompt=True)["input_ids"]
+        return ids[len(self.prefix) :]
+
+    def _own_prompt(self, template: str) -> bool:
+        """Whether `_parts` makes the prompt that a template describes."""
+        raise NotImplementedError
+
+    def _parts(self, messages: list[dict], tools: list, cue: bool, template: str) -> list[Part]:
+        """The parts of a prompt after the prefix; with `cue` it asks for a reply."""
+        raise NotImplementedError
+
+    def _text_of(self, parts: list[Part]) -> str:
+        """The prompt as text: tokenised with special tokens found in it, it gives the ids of the parts."""
+        return "".join(part.text for part in parts)
+
+    def _convert_encoding(self, encoding, *args, **kwargs):
+        columns, encodings = super()._convert_encoding(encoding, *args, **kwargs)
+        if "position_ids" in self.model_input_names:
+            columns["position_ids"] = [position_ids_of(each.attention_mask) for each in encodings]
+        return columns, encodings
+
+    def _pad(self, encoded_inputs, *args, padding_side: str | None = None, **kwargs):
+        real = len(encoded_inputs["input_ids"])
+        if "position_ids" in self.model_input_names and "position_ids" not in encoded_inputs:
+            encoded_inputs["position_ids"] = position_ids_of(encoded_inputs.get("attention_mask", [1] * real))
+        encoded = super()._pad(encoded_inputs, *args, padding_side=padding_side, **kwargs)
+        zeros = [0] * (len(encoded["input_ids"]) - real)
+        for column in {"position_ids", "assistant_masks"} & set(encoded):
+            left = (padding_side or self.padding_side) == "left"
+            encoded[column] = zeros + encoded[column] if left else encoded[column] + zeros
+        return encoded
+
+    def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
+        files = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        return files + self.save_vocabulary(save_directory, filename_prefix) if self.can_save_slow_tokenizer else files
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        tools: list | None = None,
+        documents: list[dict] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = True,
+        return_assistant_tokens_mask: bool = False,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        """The published prompt of one conversation or a batch of them, every part encoded on its own.
+
+        Messages are dicts of `role` and `content`, and from ChatGLM3 on also `metadata`, and `tools` in the system
+        message. No end token is appended. With `return_assistant_tokens_mask`, `assistant_masks` marks what a model
+        should learn: each assistant message and the role token after it, with ChatGLM2 the final reply; a message's
+        own `loss` key (true or false) takes precedence. Raises ValueError for an unknown role.
+        """
+        tokenizer_kwargs = tokenizer_kwargs or {}
+        template = chat_template or self.chat_template
+        if not self._own_prompt(template):
+            return super().apply_chat_template(
+                conversation,
+                tools=tools,
+                documents=documents,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=tokenize,
+                padding=padding,
+                truncation=truncation,
+                max_length=max_length,
+                return_tensors=return_tensors,
+                return_dict=return_dict,
+                return_assistant_tokens_mask=return_assistant_tokens_mask,
+                tokenizer_kwargs={"split_special_tokens": False, **tokenizer_kwargs},
+                **kwargs,
+            )
+        if continue_final_message and add_generation_prompt:
+            raise ValueError(
+                "Choose one of continue_final_message and add_generation_prompt: the reply is open or new."
+            )
+
+        batched = len(conversation) > 0 and not isinstance(conversation[0], dict)
+        conversations = conversation if batched else [conversation]
+        prompts = [self._prompt(messages, tools, add_generation_prompt, template) for messages in conversations]
+        if not tokenize:
+            texts = [self._text_of(parts) for parts in prompts]
+            return texts if batched else texts[0]
+
+        columns = self._encode_prompts(prompts)
+        if not return_assistant_tokens_mask:
+            del columns["assistant_masks"]
+        if truncation:
+            limit = max_length or self.model_max_length
+            kept = slice(-limit, None) if self.truncation_side == "left" else slice(limit)
+            columns = {name: [row[kept] for row in rows] for name, rows in columns.items()}
+        encoding = self.pad(
+            columns, padding=padding, max_length=max_length, return_tensors=return_tensors, **tokenizer_kwargs
+        )
+        if not batched and return_tensors is None:
+            encoding = BatchEncoding({name: rows[0] for name, rows in encoding.items()})
+        return encoding if return_dict else encoding["input_ids"]
+
+    def _prompt(self, messages: list[dict], tools: list | None, cue: bool, template: str) -> list[Part]:
+        if not messages:
+            raise ValueError("A conversation needs at least one message.")
+        known = self.roles or ("system", "user", "assistant")
+        messages = [{**message, "content": message.get("content") or ""} for message in messages]
+        for message in messages:
+            if message.get("role") not in known:
+                raise ValueError(f"Unknown role {message.get('role')!r}: {self.generation} knows {', '.join(known)}.")
+            if not isinstance(message["content"], str):
+                raise ValueError(
+                    f"The content of a {message['role']} message must be text, got {message['content']!r}."
+                )
+        tools = [get_json_schema(tool) if callable(tool) else tool for tool in tools or []]
+        parts = self._parts(messages, tools, cue, template)
+        return [*(Part(token, special=True) for token in self.prefix), *parts]
+
+    def _encode_prompts(self, prompts: list[list[Part]]) -> dict[str, list[list[int]]]:
+        """Ids and training masks of all prompts, with all their texts in one call of the backend."""
+        backend = self._tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True  # that is, as text
+        texts = [part.text for parts in prompts for part in parts if not part.special]
+        encodings = iter(backend.encode_batch_fast(texts, add_special_tokens=False))
+        input_ids, masks = [], []
+        for parts in prompts:
+            ids, mask = [], []
+            for part in parts:
+                part_ids = [backend.token_to_id(part.text)] if part.special else next(encodings).ids
+                ids += part_ids
+                mask += [int(part.trained)] * len(part_ids)
+            input_ids.append(ids)
+            masks.append(mask)
+        return {"input_ids": input_ids, "assistant_masks": masks}
