@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from safetensors.torch import save_file
-from sentencepiece import SentencePieceTrainer
+from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
+from transformers import AutoModel
 
-from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from chatglm import ChatGLM6BConfig, ChatGLMConfig, ChatGLMTokenizer
 
 
 TEXT = """\
@@ -39,9 +40,12 @@ You are a helpful assistant. Follow the instructions of the user and answer in t
 """
 SETTLED_IDS = 3 + 256  # <unk>, <s>, </s> and the bytes
 RELEASES = {  # what tells the published config.json files apart
+    "chatglm": {"_name_or_path": "THUDM/chatglm-6b", "transformers_version": "4.23.1", "max_sequence_length": 2048},
     "chatglm2": {"_name_or_path": "THUDM/chatglm2-6b", "transformers_version": "4.27.1", "seq_length": 32768},
     "chatglm3": {"_name_or_path": "THUDM/chatglm3-6b", "transformers_version": "4.30.2", "seq_length": 8192},
 }
+SPECIAL_PIECES = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]  # of ChatGLM-6B
+WHITESPACE_PIECES = ["<|tab|>", *(f"<|blank_{size}|>" for size in range(2, 81))]
 AUTO_MAP = {
     "AutoConfig": "configuration_chatglm.ChatGLMConfig",
     "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
@@ -98,27 +102,73 @@ def lines_of(paths: list[Path]) -> list[str]:
     return [line for text in texts for line in text.splitlines() if line.strip()]
 
 
-def trained_pieces(lines: list[str], vocab_size: int) -> bytes:
+def trained_pieces(lines: list[str], vocab_size: int, **options) -> bytes:
     """A tokenizer.model laid out as the published one, at most half of its free ids single characters."""
     counts = Counter(character for line in lines for character in line if not character.isspace())
     common = dict(counts.most_common((vocab_size - SETTLED_IDS) // 2))
     model = io.BytesIO()
+    settings = {
+        "model_type": "bpe",
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        **options,
+    }
     SentencePieceTrainer.train(
         sentence_iterator=("".join(c for c in line if c in common or c.isspace()) for line in lines),
         model_writer=model,
-        model_type="bpe",
         vocab_size=vocab_size,
         hard_vocab_limit=False,
         character_coverage=1.0,  # of what is left: rare characters fall back to bytes
         byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
         max_sentence_length=1 << 20,
         num_threads=1,
         minloglevel=2,
+        **settings,
     )
     return model.getvalue()
+
+
+def first_generation_pieces(lines: list[str], vocab_size: int) -> bytes:
+    """An ice_text.model laid out as the published one: text, special tokens, whitespace, bytes."""
+    model = sentencepiece_model_pb2.ModelProto()
+    options = {"model_type": "unigram", "normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
+    options |= {"allow_whitespace_only_pieces": False, "pad_id": 3, "user_defined_symbols": ["<n>"]}
+    model.ParseFromString(trained_pieces(lines, vocab_size, **options))
+    kinds = model.SentencePiece
+    pieces = [piece for piece in model.pieces if piece.type != kinds.BYTE]
+    pieces += [kinds(piece=piece, score=0.0, type=kinds.CONTROL) for piece in SPECIAL_PIECES]
+    pieces += [kinds(piece=piece, score=0.0, type=kinds.USER_DEFINED) for piece in WHITESPACE_PIECES]
+    pieces += [piece for piece in model.pieces if piece.type == kinds.BYTE]
+    laid_out = sentencepiece_model_pb2.ModelProto(pieces=pieces)
+    laid_out.trainer_spec.CopyFrom(model.trainer_spec)
+    laid_out.normalizer_spec.CopyFrom(model.normalizer_spec)
+    return laid_out.SerializeToString()
+
+
+def first_generation_config(arguments: argparse.Namespace, vocab_size: int, tokenizer) -> dict[str, Any]:
+    """A config.json with the keys of ChatGLM-6B."""
+    kept = ("AutoConfig", "AutoModel", "AutoModelForSeq2SeqLM")
+    return {
+        **RELEASES["chatglm"],
+        "model_type": "chatglm",
+        "architectures": ["ChatGLMModel"],
+        "auto_map": {name: AUTO_MAP[name] for name in kept},
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "mask_token_id": tokenizer.mask_token_id,
+        "gmask_token_id": tokenizer.gmask_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "hidden_size": arguments.hidden_size,
+        "inner_hidden_size": 2 * arguments.hidden_size,
+        "layernorm_epsilon": 1e-5,
+        "num_attention_heads": 4,
+        "num_layers": arguments.num_layers,
+        "position_encoding_2d": True,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "vocab_size": vocab_size,
+    }
 
 
 def published_config(arguments: argparse.Namespace, padded_vocab_size: int) -> dict[str, Any]:
@@ -157,34 +207,42 @@ def published_config(arguments: argparse.Namespace, padded_vocab_size: int) -> d
     }
 
 
-def random_weights(config: ChatGLMConfig, seed: int) -> dict[str, torch.Tensor]:
-    """Weights under the published names, the rotary buffer of the published files included.
+def random_weights(config: ChatGLMConfig | ChatGLM6BConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Weights under the published names, the rotary buffers and the second copy of tied weights included.
 
     Each matrix is scaled by its inputs. With the library's 0.02 the logits of so narrow a model stay within 2.5, and
     no adapter under its frozen output layer could make it sure of an answer.
     """
     torch.manual_seed(seed)
-    model = ChatGLMForConditionalGeneration(config)
+    model = AutoModel.from_config(config)
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, torch.nn.Embedding):
             torch.nn.init.normal_(module.weight)
-    frequencies = model.transformer.rotary_pos_emb.inv_freq.clone()
-    return {**model.state_dict(), "transformer.rotary_pos_emb.inv_freq": frequencies}
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    if isinstance(config, ChatGLMConfig):
+        return {**weights, "transformer.rotary_pos_emb.inv_freq": model.transformer.rotary_pos_emb.inv_freq.clone()}
+    channels = config.head_dim // 2
+    frequencies = 10000.0 ** (-torch.arange(0, channels, 2) / channels)
+    for index in range(config.num_layers):
+        weights[f"transformer.layers.{index}.attention.rotary_emb.inv_freq"] = frequencies.clone()
+    return weights
 
 
 def main():
     arguments = parsed_arguments()
     folder = arguments.directory
-    pieces = trained_pieces(lines_of(arguments.text), arguments.vocab_size)
+    first = arguments.generation == "chatglm"
+    learnt = first_generation_pieces if first else trained_pieces
+    pieces = learnt(lines_of(arguments.text), arguments.vocab_size)
 
     def write_json(name: str, content: dict):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(MARKER, {name: str(value) for name, value in vars(arguments).items() if name != "directory"})
-    (folder / "tokenizer.model").write_bytes(pieces)
+    (folder / ("ice_text.model" if first else "tokenizer.model")).write_bytes(pieces)
     write_json(
         "tokenizer_config.json",
         {
@@ -193,13 +251,20 @@ def main():
             "do_lower_case": False,
             "tokenizer_class": "ChatGLMTokenizer",
             "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
+            **({"num_image_tokens": 0} if first else {}),
         },
     )
-    tokenizer = ChatGLMTokenizer.from_pretrained(folder, generation=arguments.generation)
-    config = published_config(arguments, padded_vocab_size=-(-len(tokenizer) // 64) * 64)
+    options = {} if first else {"generation": arguments.generation}
+    tokenizer = ChatGLMTokenizer.from_pretrained(folder, **options)
+    vocab_size = -(-len(tokenizer) // 64) * 64
+    if first:
+        config = first_generation_config(arguments, vocab_size, tokenizer)
+    else:
+        config = published_config(arguments, padded_vocab_size=vocab_size)
     write_json("config.json", config)
-    write_json("generation_config.json", {"eos_token_id": tokenizer.stop_token_ids, "pad_token_id": 0})
-    weights = random_weights(ChatGLMConfig(**config), arguments.seed)
+    pad_token_id = tokenizer.pad_token_id
+    write_json("generation_config.json", {"eos_token_id": tokenizer.stop_token_ids, "pad_token_id": pad_token_id})
+    weights = random_weights(ChatGLMConfig.from_dict(config), arguments.seed)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     size = sum(weight.numel() for weight in weights.values())
     print(f"{folder}: {arguments.generation}, {size:,} weights, {len(tokenizer)} tokens")
