@@ -7,6 +7,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from .configuration_chatglm_6b import ChatGLM6BConfig
+
 
 # ChatGLM2 and CodeGeeX2 divide positions by rope_ratio and work out rotary angles in the model's own dtype; ChatGLM3
 # and GLM-4 multiply the base by rope_ratio and keep the angles in float32. Their prompts differ as well.
@@ -136,6 +138,13 @@ class ChatGLMConfig(PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         return {"name_or_path": str(pretrained_model_name_or_path), **config}, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        # ChatGLM-6B published the same model_type, for which AutoConfig can know one class only.
+        if ChatGLM6BConfig.describes(config_dict):
+            return ChatGLM6BConfig.from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         # PEFT reads the shape of a prefix from this dict, under the library's names.

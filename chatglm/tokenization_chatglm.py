@@ -7,11 +7,21 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
+from transformers.utils import cached_file
 
 from .configuration_chatglm import SECOND_GENERATION, generation_of
+from .tokenization_chatglm_6b import VOCAB_FILES_NAMES as FIRST_VOCAB_FILES_NAMES
+from .tokenization_chatglm_6b import ChatGLM6BTokenizer
 from .tokenization_parts import ROLE_TOKENS, Part, PartsTokenizer, config_beside, is_trained
 
 
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+FIRST_VOCABULARY = FIRST_VOCAB_FILES_NAMES["vocab_file"]
+NOT_FOUND_IS_NONE = {
+    "_raise_exceptions_for_gated_repo": False,
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
 PREFIX = ["[gMASK]", "sop"]  # opens every sequence
 APPENDED = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]  # ids after the SentencePiece vocabulary, in this order
 ROLES = {
@@ -151,6 +161,14 @@ class ChatGLMTokenizer(PartsTokenizer):
 
     prefix = PREFIX
     end_of_pair = "</s>"
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """The tokenizer of a folder or hub name: ChatGLM-6B's, which published the same class name, by its file."""
+        options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        first = cached_file(pretrained_model_name_or_path, FIRST_VOCABULARY, **options, **NOT_FOUND_IS_NONE)
+        tokenizer_class = super() if first is None else ChatGLM6BTokenizer
+        return tokenizer_class.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def __init__(
         self,

@@ -12,23 +12,24 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from safetensors.torch import save_file
-from sentencepiece import SentencePieceTrainer
+from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
+from transformers import AutoModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from chatglm import ChatGLM4Tokenizer, ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from chatglm import ChatGLM4Tokenizer, ChatGLM6BConfig, ChatGLM6BTokenizer, ChatGLMConfig, ChatGLMTokenizer
 
 
 TEXT = """\
@@ -45,6 +46,7 @@ You are a helpful assistant. Follow the instructions of the user and answer in t
 """
 SETTLED_IDS = 3 + 256  # <unk>, <s>, </s> and the bytes
 RELEASES = {  # what tells the published config.json files apart
+    "chatglm": {"_name_or_path": "THUDM/chatglm-6b", "transformers_version": "4.23.1", "max_sequence_length": 2048},
     "chatglm2": {"_name_or_path": "THUDM/chatglm2-6b", "transformers_version": "4.27.1", "seq_length": 32768},
     "chatglm3": {"_name_or_path": "THUDM/chatglm3-6b", "transformers_version": "4.30.2", "seq_length": 8192},
     "glm4": {
@@ -55,7 +57,8 @@ RELEASES = {  # what tells the published config.json files apart
         "layernorm_epsilon": 1.5625e-07,
     },
 }
-TOKENIZERS = {"chatglm2": ChatGLMTokenizer, "chatglm3": ChatGLMTokenizer, "glm4": ChatGLM4Tokenizer}
+SPECIAL_PIECES = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]  # of ChatGLM-6B
+WHITESPACE_PIECES = ["<|tab|>", *(f"<|blank_{size}|>" for size in range(2, 81))]
 AUTO_MAP = {
     "AutoConfig": "configuration_chatglm.ChatGLMConfig",
     "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
@@ -70,7 +73,7 @@ def parsed_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, metavar="DIR", help="where to write the checkpoint")
     parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="what to learn pieces from")
-    parser.add_argument("--generation", choices=sorted(RELEASES), default="chatglm3")
+    parser.add_argument("--generation", choices=list(RELEASES), default="chatglm3")
     parser.add_argument("--hidden_size", type=int, default=64, help="a multiple of 16 (4 heads, half of each rotated)")
     parser.add_argument("--num_layers", type=int, default=2)
     parser.add_argument("--vocab_size", type=int, default=600, help=f"pieces at most; more than {SETTLED_IDS}")
@@ -112,27 +115,73 @@ def lines_of(paths: list[Path]) -> list[str]:
     return [line for text in texts for line in text.splitlines() if line.strip()]
 
 
-def trained_pieces(lines: list[str], vocab_size: int) -> bytes:
+def trained_pieces(lines: list[str], vocab_size: int, **options) -> bytes:
     """A tokenizer.model laid out as the published one, at most half of its free ids single characters."""
     counts = Counter(character for line in lines for character in line if not character.isspace())
     common = dict(counts.most_common((vocab_size - SETTLED_IDS) // 2))
     model = io.BytesIO()
+    settings = {
+        "model_type": "bpe",
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        **options,
+    }
     SentencePieceTrainer.train(
         sentence_iterator=("".join(c for c in line if c in common or c.isspace()) for line in lines),
         model_writer=model,
-        model_type="bpe",
         vocab_size=vocab_size,
         hard_vocab_limit=False,
         character_coverage=1.0,  # of what is left: rare characters fall back to bytes
         byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
         max_sentence_length=1 << 20,
         num_threads=1,
         minloglevel=2,
+        **settings,
     )
     return model.getvalue()
+
+
+def first_generation_pieces(lines: list[str], vocab_size: int) -> bytes:
+    """An ice_text.model laid out as the published one: text, special tokens, whitespace, bytes."""
+    model = sentencepiece_model_pb2.ModelProto()
+    options = {"model_type": "unigram", "normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
+    options |= {"allow_whitespace_only_pieces": False, "pad_id": 3, "user_defined_symbols": ["<n>"]}
+    model.ParseFromString(trained_pieces(lines, vocab_size, **options))
+    kinds = model.SentencePiece
+    pieces = [piece for piece in model.pieces if piece.type != kinds.BYTE]
+    pieces += [kinds(piece=piece, score=0.0, type=kinds.CONTROL) for piece in SPECIAL_PIECES]
+    pieces += [kinds(piece=piece, score=0.0, type=kinds.USER_DEFINED) for piece in WHITESPACE_PIECES]
+    pieces += [piece for piece in model.pieces if piece.type == kinds.BYTE]
+    laid_out = sentencepiece_model_pb2.ModelProto(pieces=pieces)
+    laid_out.trainer_spec.CopyFrom(model.trainer_spec)
+    laid_out.normalizer_spec.CopyFrom(model.normalizer_spec)
+    return laid_out.SerializeToString()
+
+
+def first_generation_config(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A config.json with the keys of ChatGLM-6B."""
+    kept = ("AutoConfig", "AutoModel", "AutoModelForSeq2SeqLM")
+    return {
+        **RELEASES["chatglm"],
+        "model_type": "chatglm",
+        "architectures": ["ChatGLMModel"],
+        "auto_map": {name: AUTO_MAP[name] for name in kept},
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "mask_token_id": tokenizer.mask_token_id,
+        "gmask_token_id": tokenizer.gmask_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "hidden_size": arguments.hidden_size,
+        "inner_hidden_size": 2 * arguments.hidden_size,
+        "layernorm_epsilon": 1e-5,
+        "num_attention_heads": 4,
+        "num_layers": arguments.num_layers,
+        "position_encoding_2d": True,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "vocab_size": rows_for(tokenizer),
+    }
 
 
 def trained_ranks(lines: list[str], vocab_size: int) -> bytes:
@@ -148,7 +197,12 @@ def trained_ranks(lines: list[str], vocab_size: int) -> bytes:
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
 
 
-def published_config(arguments: argparse.Namespace, tokenizer: ChatGLMTokenizer | ChatGLM4Tokenizer) -> dict[str, Any]:
+def rows_for(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows of the embedding: a multiple of 64, as released models have more of them than tokens."""
+    return -(-len(tokenizer) // 64) * 64
+
+
+def published_config(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """A config.json with the keys of the released ones."""
     return {
         "model_type": "chatglm",
@@ -172,7 +226,7 @@ def published_config(arguments: argparse.Namespace, tokenizer: ChatGLMTokenizer 
         "num_attention_heads": 4,
         "num_layers": arguments.num_layers,
         "original_rope": True,
-        "padded_vocab_size": -(-len(tokenizer) // 64) * 64,
+        "padded_vocab_size": rows_for(tokenizer),
         "post_layer_norm": True,
         "rmsnorm": True,
         "use_cache": True,
@@ -184,53 +238,79 @@ def published_config(arguments: argparse.Namespace, tokenizer: ChatGLMTokenizer 
     }
 
 
-def random_weights(config: ChatGLMConfig, seed: int) -> dict[str, torch.Tensor]:
-    """Weights under the published names, the rotary buffer of the published files included.
+def random_weights(config: ChatGLMConfig | ChatGLM6BConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Weights under the published names, the rotary buffers and the second copy of tied weights included.
 
     Each matrix is scaled by its inputs. With the library's 0.02 the logits of so narrow a model stay within 2.5, and
     no adapter under its frozen output layer could make it sure of an answer.
     """
     torch.manual_seed(seed)
-    model = ChatGLMForConditionalGeneration(config)
+    model = AutoModel.from_config(config)
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, torch.nn.Embedding):
             torch.nn.init.normal_(module.weight)
-    frequencies = model.transformer.rotary_pos_emb.inv_freq.clone()
-    return {**model.state_dict(), "transformer.rotary_pos_emb.inv_freq": frequencies}
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    if isinstance(config, ChatGLMConfig):
+        return {**weights, "transformer.rotary_pos_emb.inv_freq": model.transformer.rotary_pos_emb.inv_freq.clone()}
+    channels = config.head_dim // 2
+    frequencies = 10000.0 ** (-torch.arange(0, channels, 2) / channels)
+    for index in range(config.num_layers):
+        weights[f"transformer.layers.{index}.attention.rotary_emb.inv_freq"] = frequencies.clone()
+    return weights
+
+
+class Kind(NamedTuple):
+    """What the files of a generation are made with."""
+
+    vocab_file: str
+    vocabulary: Callable[[list[str], int], bytes]
+    tokenizer_class: type[PreTrainedTokenizerBase]
+    published_class: str
+    config: Callable[[argparse.Namespace, PreTrainedTokenizerBase], dict[str, Any]]
+
+
+SECOND = Kind("tokenizer.model", trained_pieces, ChatGLMTokenizer, "ChatGLMTokenizer", published_config)
+KINDS = {
+    "chatglm": Kind(
+        "ice_text.model", first_generation_pieces, ChatGLM6BTokenizer, "ChatGLMTokenizer", first_generation_config
+    ),
+    "chatglm2": SECOND,
+    "chatglm3": SECOND,
+    "glm4": Kind("tokenizer.model", trained_ranks, ChatGLM4Tokenizer, "ChatGLM4Tokenizer", published_config),
+}
 
 
 def main():
     arguments = parsed_arguments()
-    folder = arguments.directory
-    tokenizer_class = TOKENIZERS[arguments.generation]
-    trained = trained_ranks if arguments.generation == "glm4" else trained_pieces
-    pieces = trained(lines_of(arguments.text), arguments.vocab_size)
+    folder, kind = arguments.directory, KINDS[arguments.generation]
+    vocabulary = kind.vocabulary(lines_of(arguments.text), arguments.vocab_size)
 
     def write_json(name: str, content: dict):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(MARKER, {name: str(value) for name, value in vars(arguments).items() if name != "directory"})
-    (folder / "tokenizer.model").write_bytes(pieces)
-    write_json(
-        "tokenizer_config.json",
-        {
-            "name_or_path": RELEASES[arguments.generation]["_name_or_path"],
-            "remove_space": False,
-            "do_lower_case": False,
-            "tokenizer_class": tokenizer_class.__name__,
-            "auto_map": {"AutoTokenizer": [f"tokenization_chatglm.{tokenizer_class.__name__}", None]},
-        },
-    )
-    tokenizer = tokenizer_class.from_pretrained(folder, generation=arguments.generation)
-    config = published_config(arguments, tokenizer)
+    (folder / kind.vocab_file).write_bytes(vocabulary)
+    tokenizer_config = {
+        "name_or_path": RELEASES[arguments.generation]["_name_or_path"],
+        "remove_space": False,
+        "do_lower_case": False,
+        "tokenizer_class": kind.published_class,
+        "auto_map": {"AutoTokenizer": [f"tokenization_chatglm.{kind.published_class}", None]},
+    }
+    if arguments.generation == "chatglm":
+        tokenizer_config["num_image_tokens"] = 0
+    write_json("tokenizer_config.json", tokenizer_config)
+    # config.json, which tells the generations apart for the tokenizer, is not there yet.
+    options = {} if arguments.generation == "chatglm" else {"generation": arguments.generation}
+    tokenizer = kind.tokenizer_class.from_pretrained(folder, **options)
+    config = kind.config(arguments, tokenizer)
     write_json("config.json", config)
-    write_json(
-        "generation_config.json", {"eos_token_id": tokenizer.stop_token_ids, "pad_token_id": tokenizer.pad_token_id}
-    )
-    weights = random_weights(ChatGLMConfig(**config), arguments.seed)
+    stops = {"eos_token_id": tokenizer.stop_token_ids, "pad_token_id": tokenizer.pad_token_id}
+    write_json("generation_config.json", stops)
+    weights = random_weights(ChatGLMConfig.from_dict(config), arguments.seed)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     size = sum(weight.numel() for weight in weights.values())
     print(f"{folder}: {arguments.generation}, {size:,} weights, {len(tokenizer)} tokens")

@@ -61,3 +61,22 @@ def v3_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def glm4_folder(tmp_path_factory) -> Path:
     return write_published_folder(tmp_path_factory.mktemp("published") / "checkpoint", "glm4")
+
+
+@pytest.fixture(scope="session")
+def v1_folder(tmp_path_factory) -> Path:
+    """ChatGLM-6B as released, with the vocabulary of the token goldens and the special ids of the model goldens."""
+    folder = tmp_path_factory.mktemp("published") / "checkpoint"
+    shutil.copytree(GOLDENS / "model" / "v1_s0", folder, ignore=shutil.ignore_patterns("goldens.*"))
+    shutil.copy(GOLDENS / "tokenizer" / "v1_tok.model", folder / "ice_text.model")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "configuration_chatglm.ChatGLMConfig",
+        "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
+        "AutoModelForSeq2SeqLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    recorded = json.loads((GOLDENS / "tokenizer" / "tok_v1.json").read_text())
+    auto_map = {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**recorded["tokenizer_config"], "auto_map": auto_map}))
+    return folder

@@ -1,0 +1,647 @@
+"""The first ChatGLM-6B: a prefix language model, which reads the prompt in both directions and then writes.
+
+Shapes: B batch, S tokens, K keys, H hidden size, n heads, d head size, P prefix length, L layers, V vocabulary rows,
+T position streams (2: place in the text and place in the answer, or 1 with position_encoding_2d=false).
+"""
+
+import queue
+import re
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.glm.modeling_glm import eager_attention_forward
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_chatglm_6b import ChatGLM6BConfig
+from .loss import causal_lm_loss
+from .quantization import linear
+
+
+RESIDUAL_SCALE = 56**0.5  # sqrt(2 * 28) at any num_layers: the published blocks never learn the model's depth
+PREFIX_DROPOUT = 0.1
+
+
+def rotary_tables(
+    position_ids: torch.Tensor, config: ChatGLM6BConfig, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [B, S, T, d/T] for positions [B, T, S] or [B, S], all worked out in `dtype`.
+
+    The frequencies are rounded to float16 in float32 models too: exact ones move logits by 3e-3 in short texts.
+    """
+    if not config.position_encoding_2d:
+        position_ids = position_ids[:, None]
+    channels = config.head_dim // position_ids.shape[1]
+    exponents = torch.arange(0, channels, 2, dtype=torch.float32, device=position_ids.device) / channels
+    frequencies = (1.0 / 10000.0**exponents).half().to(dtype)
+    angles = position_ids.transpose(1, 2)[..., None].to(dtype) * frequencies  # [B, S, T, d/2T]
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def first_index(flags: torch.Tensor) -> torch.Tensor:
+    """Where the first True of each row is, [B, S] -> [B, 1]; S where there is none."""
+    length = flags.shape[1]
+    return torch.where(flags.any(-1), flags.int().argmax(-1), length)[:, None]
+
+
+class ChatGLM6BAttention(nn.Module):
+    def __init__(self, config: ChatGLM6BConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_key_value_groups = 1
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = False  # never by itself: the mask says it all
+
+        size, bits = config.hidden_size, config.quantization_bit
+        self.query_key_value = linear(size, 3 * size, bias=True, quantization_bit=bits)
+        self.dense = linear(size, size, bias=True, quantization_bit=bits)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        heads = self.query_key_value(hidden_states).unflatten(-1, (self.config.num_attention_heads, -1))
+        query, key, value = heads.transpose(1, 2).chunk(3, dim=-1)  # [B, n, S, d] each
+        streams = position_embeddings[0].shape[-2:]
+        query, key = apply_rotary_pos_emb(
+            query.unflatten(-1, streams), key.unflatten(-1, streams), *position_embeddings
+        )  # [B, n, S, T, d/T]
+        query, key = query.flatten(-2), key.flatten(-2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if prefix is not None:  # not in the cache, which gradient checkpointing would take away
+            key, value = (torch.cat(pair, dim=2) for pair in zip(prefix, (key, value), strict=True))
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        context, weights = attend(
+            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+        )  # [B, S, n, d]
+        return self.dense(context.flatten(2)), weights  # [B, S, H]
+
+
+class ChatGLM6BMLP(nn.Module):
+    def __init__(self, config: ChatGLM6BConfig):
+        super().__init__()
+        size, inner, bits = config.hidden_size, config.inner_hidden_size, config.quantization_bit
+        self.dense_h_to_4h = linear(size, inner, bias=True, quantization_bit=bits)
+        self.dense_4h_to_h = linear(inner, size, bias=True, quantization_bit=bits)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dense_4h_to_h(nn.functional.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+
+
+class ChatGLM6BBlock(GradientCheckpointingLayer):
+    def __init__(self, config: ChatGLM6BConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.attention = ChatGLM6BAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.mlp = ChatGLM6BMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        normed = self.input_layernorm(hidden_states)  # [B, S, H], as everything here
+        attended, _ = self.attention(normed, **kwargs)
+        normed = self.post_attention_layernorm(RESIDUAL_SCALE * normed + attended)
+        return RESIDUAL_SCALE * normed + self.mlp(normed)
+
+
+class PrefixEmbedding(nn.Embedding):
+    """Starts as torch makes it, with a deviation of 1, as published; the library's 0.02 is for text."""
+
+
+class PrefixLinear(nn.Linear):
+    """Likewise."""
+
+
+class PrefixEncoder(nn.Module):
+    """P-Tuning v2: learnt keys and values, which every layer sees before those of the text."""
+
+    def __init__(self, config: ChatGLM6BConfig):
+        super().__init__()
+        self.heads = (2 * config.num_layers, config.num_attention_heads, config.head_dim)
+        size, row = config.hidden_size, 2 * config.num_layers * config.hidden_size
+        self.embedding = PrefixEmbedding(config.pre_seq_len, size if config.prefix_projection else row)
+        self.trans = None
+        if config.prefix_projection:
+            self.trans = nn.Sequential(PrefixLinear(size, size), nn.Tanh(), PrefixLinear(size, row))
+        self.dropout = nn.Dropout(PREFIX_DROPOUT)
+
+    def forward(self, batch_size: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of each layer, [B, n, P, d] each."""
+        rows = self.embedding.weight  # [P, 2 L H], or [P, H] before the projection
+        if self.trans is not None:
+            rows = self.trans(rows)
+        rows = self.dropout(rows.to(dtype).expand(batch_size, -1, -1))
+        slots = rows.unflatten(-1, self.heads).permute(2, 0, 3, 1, 4)  # [2 L, B, n, P, d]
+        return list(zip(slots[0::2], slots[1::2], strict=True))
+
+
+class ChatGLM6BPreTrainedModel(PreTrainedModel):
+    config: ChatGLM6BConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ChatGLM6BBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # in every published file, computed here
+    _can_record_outputs = {"hidden_states": ChatGLM6BBlock, "attentions": ChatGLM6BAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, (PrefixEmbedding, PrefixLinear)):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    def freeze_base(self):
+        """Leave only the prefix encoder to train, as published; nothing without `pre_seq_len`."""
+        if self.config.pre_seq_len is not None:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_("prefix_encoder" in name)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_base()  # loading makes new parameters
+        return loaded
+
+
+class ChatGLM6BModel(ChatGLM6BPreTrainedModel):
+    """The blocks without the output layer; hidden states are [B, S, H]."""
+
+    def __init__(self, config: ChatGLM6BConfig):
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(ChatGLM6BBlock(config, index) for index in range(config.num_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.prefix_encoder = PrefixEncoder(config) if config.pre_seq_len is not None else None
+        self.gradient_checkpointing = False
+        self.post_init()
+        self.freeze_base()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.word_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass either input_ids or inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+
+        starts = self.is_token(self.config.bos_token_id, input_ids, inputs_embeds)
+        if position_ids is None or position_ids.dim() == 2 and self.config.position_encoding_2d:
+            # The library's plain 0, 1, 2, ... say nothing about where the answer begins.
+            real = real_tokens(attention_mask, past_length, inputs_embeds.shape[1])
+            position_ids = self.derived_position_ids(input_ids, inputs_embeds, real) + past_length
+        mask = self.layer_mask(inputs_embeds, attention_mask, past_key_values, first_index(starts))
+        position_embeddings = rotary_tables(position_ids, self.config, inputs_embeds.dtype)
+        prefixes = [None] * len(self.layers)
+        if self.prefix_encoder is not None:
+            prefixes = self.prefix_encoder(len(inputs_embeds), inputs_embeds.dtype)
+
+        hidden_states = inputs_embeds
+        for layer, prefix in zip(self.layers, prefixes, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                prefix=prefix,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.final_layernorm(hidden_states), past_key_values=past_key_values
+        )
+
+    def is_token(
+        self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Where a special token stands, [B, S]; among embeddings it is known by its own."""
+        if input_ids is not None:
+            return input_ids == token_id
+        return (inputs_embeds == self.word_embeddings.weight[token_id]).all(-1)
+
+    def derived_position_ids(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None = None,
+        real: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Positions [B, 2, S] (or [B, S]) of whole rows, counted from the first token that `real` [B, S] marks.
+
+        Up to <sop> the first stream counts; from there it stays at the [gMASK] or [MASK] that is being filled in,
+        and the second one counts. Raises ValueError for a row without <sop>, or with neither of the two masks.
+        """
+        is_gmask = self.is_token(self.config.gmask_token_id, input_ids, inputs_embeds)
+        is_mask = self.is_token(self.config.mask_token_id, input_ids, inputs_embeds)
+        is_filled = torch.where(is_gmask.any(-1, keepdim=True), is_gmask, is_mask)
+        context_length = first_index(self.is_token(self.config.bos_token_id, input_ids, inputs_embeds))  # [B, 1]
+        filled = first_index(is_filled)  # [B, 1]
+        length = is_mask.shape[1]
+        if not torch.compiler.is_compiling():
+            check_special_tokens(context_length.lt(length).all(), filled.lt(length).all())
+
+        index = torch.arange(length, device=is_mask.device)  # [S]
+        start = first_index(real) if real is not None else torch.zeros_like(context_length)
+        counted = (index - start).clamp(min=0)  # [B, S]
+        stopped = torch.where(index < context_length, counted, filled - start)
+        if self.config.position_encoding_2d:
+            return torch.stack((stopped, (index - context_length + 1).clamp(min=0)), dim=1)
+        return torch.where(is_gmask.any(-1, keepdim=True), counted, stopped)
+
+    def layer_mask(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        context_length: torch.Tensor,
+    ):
+        """The mask of all layers, in the form that the attention kernel in use wants.
+
+        Shapes: inputs_embeds [B, S, H], attention_mask [B, K] or [B, 1, S, K] as in `forward`, context_length [B, 1].
+        """
+        if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
+            return attention_mask  # a flex BlockMask
+        batch_size, length = inputs_embeds.shape[:2]
+        past_length, key_length = 0, length
+        if past_key_values is not None:
+            past_length, key_length = past_key_values.get_seq_length(), past_key_values.get_mask_sizes(length, 0)[0]
+            if length == 1 and attention_mask is None and not past_key_values.is_compileable:
+                return None  # one new token sees everything
+        if attention_mask is not None and attention_mask.dim() == 4:
+            seen = shown_keys(attention_mask, key_length).expand(batch_size, -1, -1)  # [B, S, K]
+        else:
+            query = torch.arange(length, device=inputs_embeds.device)[:, None] + past_length  # [S, 1]
+            key = torch.arange(key_length, device=inputs_embeds.device)  # [K]
+            context_end = torch.where(context_length < length, context_length + past_length, 0)  # [B, 1]
+            seen = (key <= query) | (key < context_end[:, None])  # [B, S, K]
+            if attention_mask is not None:
+                later = max(0, key_length - attention_mask.shape[1])
+                seen = seen & nn.functional.pad(attention_mask.bool(), (0, later))[:, None]
+        seen = nn.functional.pad(seen, (self.config.pre_seq_len or 0, 0), value=True)
+        return ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation](
+            batch_size=batch_size,
+            q_length=length,
+            kv_length=seen.shape[-1],
+            mask_function=lambda batch, head, query, key: seen[batch, query, key],
+            allow_is_causal_skip=False,
+            dtype=inputs_embeds.dtype,
+            device=inputs_embeds.device,
+            config=self.config,
+        )
+
+
+def check_special_tokens(all_have_sop: torch.Tensor, all_have_mask: torch.Tensor):
+    if not all_have_sop:
+        raise ValueError(
+            "A row of input_ids has no <sop> (bos_token_id), which divides prompt and answer; encode prompts with "
+            "add_special_tokens=True, or pass position_ids along with cached keys."
+        )
+    if not all_have_mask:
+        raise ValueError(
+            "A row of input_ids has neither [gMASK] nor [MASK], the place that the answer fills in; encode prompts "
+            "with add_special_tokens=True, or pass position_ids."
+        )
+
+
+def real_tokens(attention_mask: torch.Tensor | None, past_length: int, length: int) -> torch.Tensor | None:
+    """Which of the `length` new tokens are not padding, [B, S], from either form of mask."""
+    if not isinstance(attention_mask, torch.Tensor):
+        return None
+    if attention_mask.dim() == 4:
+        attention_mask = ~attention_mask.bool().all(dim=-2)[:, 0]  # what no token sees is padding
+    return attention_mask[:, past_length : past_length + length].bool()
+
+
+def shown_keys(hidden: torch.Tensor, key_length: int) -> torch.Tensor:
+    """[B, 1, S, K] with True = hidden as [B, S, key_length] with True = seen; keys still to come are not seen.
+
+    Padding, from which everything is hidden, sees everything instead: no kernel then makes NaN of it.
+    """
+    shown = ~hidden.bool()[:, 0]
+    shown = shown | ~shown.any(-1, keepdim=True)
+    return nn.functional.pad(shown, (0, key_length - shown.shape[-1]))
+
+
+def grown_mask(hidden: torch.Tensor, length: int) -> torch.Tensor:
+    """A prompt's mask [B, 1, S, S], True = hidden, for a text that has become `length` tokens long.
+
+    New tokens see what the last token of the prompt saw, and one another in order; older tokens do not see them.
+    """
+    extra = length - hidden.shape[-1]
+    hidden = nn.functional.pad(hidden, (0, extra), value=True)
+    last = hidden[:, :, -1:].expand(-1, -1, extra, -1)  # [B, 1, extra, length]
+    later = torch.ones(extra, length, dtype=torch.bool, device=hidden.device).triu(length - extra + 1)
+    new = torch.arange(length, device=hidden.device) >= length - extra
+    return torch.cat((hidden, torch.where(new, later, last)), dim=2)
+
+
+class ChatGLM6BForConditionalGeneration(ChatGLM6BPreTrainedModel, GenerationMixin):
+    """The language model, its output layer tied to the embeddings."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: ChatGLM6BConfig):
+        super().__init__(config)
+        self.transformer = ChatGLM6BModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        self.freeze_base()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear):
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, S, V] and, with `labels` [B, S], the loss over the positions whose label is not -100.
+
+        `attention_mask` is [B, K], 1 = real token, or the published [B, 1, S, K], True = hidden; `position_ids` are
+        [B, 2, S] ([B, S] with position_encoding_2d=false). What is left out follows from the ids: everything before
+        the first <sop> is seen by all tokens, the rest in order. With `past_key_values`, pass `position_ids` too.
+
+        In training mode with labels only labelled positions get logits and none are returned, unless
+        `skip_logits=False`. Raises ValueError for a row without <sop> or without [gMASK] and [MASK].
+        """
+        outputs = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            loss = causal_lm_loss(hidden_states, labels, self.lm_head, num_items_in_batch)
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        if not skip_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    # --- generation: a prompt's own mask and positions are kept as given and grow with the text
+
+    def generate(self, *args, **kwargs):
+        """The library's generate, which also takes the published mask [B, 1, S, S] and positions [B, 2, S]."""
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 4:
+            kwargs["prompt_mask"] = mask.bool()
+            kwargs["attention_mask"] = (~mask.bool())[:, 0, -1].long()  # the last token sees all real ones
+        positions = kwargs.pop("position_ids", None)
+        if positions is not None and positions.dim() == (3 if self.config.position_encoding_2d else 2):
+            kwargs["prompt_position_ids"] = positions
+        return super().generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        prompt_position_ids: torch.Tensor | None = None,
+        **kwargs,
+    ) -> dict:
+        kwargs.pop("position_ids", None)  # the library's own
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if inputs_embeds is not None:
+            inputs_embeds = torch.cat((inputs_embeds, self.get_input_embeddings()(input_ids)), dim=1)
+            input_ids = None
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        real = real_tokens(attention_mask, 0, length)
+        positions = self.transformer.derived_position_ids(input_ids, inputs_embeds, real)  # [B, 2, length]
+        if prompt_position_ids is not None:
+            given = prompt_position_ids.shape[-1]
+            later = positions[..., given:] + prompt_position_ids[..., -1:] - positions[..., given - 1 : given]
+            positions = torch.cat((prompt_position_ids, later), dim=-1)
+
+        fed = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        inputs["position_ids"] = positions[..., -fed.shape[1] :]
+        if prompt_mask is not None and fed.shape[1] > 1:
+            inputs["attention_mask"] = grown_mask(prompt_mask, length)[:, :, -fed.shape[1] :]
+        return inputs
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None, past_key_values: Cache, **kwargs):
+        """The 2-D mask in one size for all steps with a static cache; `forward` makes the rest of it."""
+        if attention_mask is None:
+            return None
+        return nn.functional.pad(
+            attention_mask, (0, past_key_values.get_mask_sizes(1, 0)[0] - attention_mask.shape[1])
+        )
+
+    def stream_generate(self, input_ids: torch.LongTensor, **kwargs) -> Iterator[torch.LongTensor]:
+        """The ids of one row so far, [1, S + 1], [1, S + 2], ..., up to the token before the end token."""
+        stop_ids = kwargs.get("eos_token_id", self.generation_config.eos_token_id)
+        stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []
+        for token in generated_tokens(self, input_ids, **kwargs):
+            if token in stop_ids:
+                return
+            input_ids = torch.cat((input_ids, input_ids.new_tensor([[token]])), dim=-1)
+            yield input_ids
+
+    # --- chat
+
+    def chat(
+        self,
+        tokenizer,
+        query: str,
+        history: list[tuple[str, str]] | None = None,
+        max_length: int = 2048,
+        num_beams: int = 1,
+        do_sample: bool = True,
+        top_p: float = 0.7,
+        temperature: float = 0.95,
+        logits_processor: LogitsProcessorList | None = None,
+        **kwargs,
+    ) -> tuple[str, list[tuple[str, str]]]:
+        """The reply to a query and a new history, which ends with both; the one passed in is left alone."""
+        history = list(history or [])
+        input_ids = chat_input_ids(tokenizer, query, history).to(self.device)  # [1, S]
+        output_ids = self.generate(
+            input_ids=input_ids,
+            max_length=max_length,
+            num_beams=num_beams,
+            do_sample=do_sample,
+            top_p=top_p,
+            temperature=temperature,
+            logits_processor=guarded(logits_processor, tokenizer),
+            **kwargs,
+        )
+        response = processed_response(tokenizer.decode(output_ids[0, input_ids.shape[1] :].tolist()))
+        return response, [*history, (query, response)]
+
+    def stream_chat(
+        self,
+        tokenizer,
+        query: str,
+        history: list[tuple[str, str]] | None = None,
+        max_length: int = 2048,
+        do_sample: bool = True,
+        top_p: float = 0.7,
+        temperature: float = 0.95,
+        logits_processor: LogitsProcessorList | None = None,
+        **kwargs,
+    ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        """`chat` token by token: each time the reply so far and a new history."""
+        history = list(history or [])
+        input_ids = chat_input_ids(tokenizer, query, history).to(self.device)  # [1, S]
+        for ids in self.stream_generate(
+            input_ids,
+            max_length=max_length,
+            do_sample=do_sample,
+            top_p=top_p,
+            temperature=temperature,
+            logits_processor=guarded(logits_processor, tokenizer),
+            **kwargs,
+        ):
+            response = processed_response(tokenizer.decode(ids[0, input_ids.shape[1] :].tolist()))
+            yield response, [*history, (query, response)]
+
+
+class InvalidScores(LogitsProcessor):
+    """Chooses one harmless token where half precision has made NaN or infinity of a score."""
+
+    def __init__(self, token_id: int):
+        self.token_id = token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if torch.isfinite(scores).all():
+            return scores
+        scores = torch.zeros_like(scores)
+        scores[..., self.token_id] = 5e4
+        return scores
+
+
+def guarded(processors: LogitsProcessorList | None, tokenizer) -> LogitsProcessorList:
+    blank = tokenizer.convert_tokens_to_ids("▁")  # 5, or 20005 in the first release
+    return LogitsProcessorList([*(processors or []), InvalidScores(blank)])
+
+
+def chat_input_ids(tokenizer, query: str, history: list[tuple[str, str]]) -> torch.LongTensor:
+    """The published prompt, [1, S]."""
+    messages = []
+    for question, reply in history:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    messages.append({"role": "user", "content": query})
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+
+
+def processed_response(text: str) -> str:
+    """A reply as it is shown: full-width punctuation again where a Chinese character is next to it."""
+    text = text.strip().replace("[[训练时间]]", "2023年")
+    for half, full in (",，", "!！", ":：", ";；", "?？"):
+        text = re.sub(rf"(?<=[\u4e00-\u9fff])\{half}|\{half}(?=[\u4e00-\u9fff])", full, text)
+    return text
+
+
+class TokenQueue(BaseStreamer, StoppingCriteria):
+    """Hands tokens from a generating thread to a reading one, and stops the former when `abandoned` is set."""
+
+    def __init__(self):
+        self.items: queue.Queue = queue.Queue()
+        self.abandoned = threading.Event()
+        self.prompt_seen = False
+
+    def put(self, value: torch.Tensor):
+        if self.prompt_seen:
+            self.items.put(value.item())
+        self.prompt_seen = True
+
+    def end(self):
+        pass  # the thread says so itself, after errors too
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self.abandoned.is_set(), device=input_ids.device)
+
+
+def generated_tokens(model, input_ids: torch.LongTensor, **kwargs) -> Iterator[int]:
+    """The tokens that `generate` appends to one row, as soon as each is known."""
+    tokens = TokenQueue()
+
+    def run():
+        try:
+            model.generate(
+                input_ids=input_ids, streamer=tokens, stopping_criteria=StoppingCriteriaList([tokens]), **kwargs
+            )
+            tokens.items.put(None)
+        except Exception as error:
+            tokens.items.put(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while (item := tokens.items.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        tokens.abandoned.set()
+        thread.join()

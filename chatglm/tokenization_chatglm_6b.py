@@ -1,0 +1,446 @@
+"""Tokenizer of the first ChatGLM-6B, with its published prompt as chat template."""
+
+import json
+import os
+import re
+import shutil
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import Unigram
+from transformers import TokenizersBackend
+from transformers.tokenization_utils_base import BatchEncoding
+from transformers.utils import PaddingStrategy
+
+from .tokenization_parts import Part, is_trained
+
+
+VOCAB_FILES_NAMES = {"vocab_file": "ice_text.model", "tokenizer_file": "tokenizer.json"}
+SUFFIX = ["[gMASK]", "<sop>"]  # closes every prompt
+SPECIAL = {"bos": "<sop>", "eos": "<eop>", "mask": "[MASK]", "pad": "<pad>", "unk": "<unk>"}  # found in text
+LONGEST_BLANK = 80
+WHITESPACE = {"\n": "<n>", "\t": "<|tab|>"} | {" " * size: f"<|blank_{size}|>" for size in range(LONGEST_BLANK, 1, -1)}
+PUBLISHED_IMAGE_TOKENS = 20000
+UNKNOWN_SURFACE = "\ue000"  # a private character that stands for <unk> until the text is put together
+
+CHAT_TEMPLATE = """\
+{%- set rounds = messages | selectattr('role', 'equalto', 'user') | list | length > 1 -%}
+{%- set state = namespace(round=0) -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' and loop.first -%}
+{{- message['content'] + '\\n' -}}
+{%- elif message['role'] == 'user' -%}
+{%- if rounds -%}{{- '[Round ' ~ state.round ~ ']\\n问：' -}}{%- endif -%}
+{{- message['content'] -}}
+{%- if rounds and (add_generation_prompt or not loop.last) -%}{{- '\\n答：' -}}{%- endif -%}
+{%- set state.round = state.round + 1 -%}
+{%- elif message['role'] == 'assistant' -%}
+{%- if not loop.last -%}{{- message['content'] + '\\n' -}}{%- endif -%}
+{%- else -%}
+{{- raise_exception('This model has no role ' + message['role']) -}}
+{%- endif -%}
+{%- endfor -%}
+{{- '[gMASK]<sop>' -}}
+{%- if messages[-1]['role'] == 'assistant' -%}{{- messages[-1]['content'] -}}{%- endif -%}"""
+
+
+def cuts_of(names: list[str], model: SentencePieceProcessor) -> Regex:
+    """Where to cut the names of pieces that must not be found in text: after the piece that SentencePiece begins with.
+
+    A Unigram backend finds all its pieces, but SentencePiece only those of text and the user's symbols.
+    """
+    tails = defaultdict(set)
+    for name in names:
+        pieces = (piece.removeprefix("▁") for piece in model.encode(name, out_type=str))
+        first = next(piece for piece in pieces if piece)
+        cut = len(first) if name.startswith(first) and first != name else 1  # 1: a byte piece, of one character
+        tails[name[:cut]].add(re.sub(r"^(.*image_)\d+>$", r"\1\\d+>", re.escape(name[cut:])))
+    heads = (f"{re.escape(head)}(?={'|'.join(sorted(ends))})" for head, ends in tails.items())
+    return Regex("|".join(heads))
+
+
+def backend_from_sentencepiece(vocab_file: str, num_image_tokens: int) -> Tokenizer:
+    """The published ice_text.model after `num_image_tokens` <image_N> tokens, as a `tokenizers` backend."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    with open(vocab_file, "rb") as file:
+        proto.ParseFromString(file.read())
+    kinds = proto.SentencePiece
+    best = max(piece.score for piece in proto.pieces if piece.type == kinds.NORMAL)
+    worst = min(piece.score for piece in proto.pieces if piece.type == kinds.NORMAL)
+
+    vocabulary = [(f"<image_{index}>", worst) for index in range(num_image_tokens)]
+    for piece in proto.pieces:
+        if piece.type == kinds.USER_DEFINED:  # SentencePiece's bonus, by which it always chooses these
+            vocabulary.append((piece.piece, len(piece.piece) * best - 0.1))
+        else:
+            vocabulary.append((piece.piece, piece.score if piece.type == kinds.NORMAL else worst))
+    named = [piece.piece for piece in proto.pieces if piece.type not in (kinds.NORMAL, kinds.USER_DEFINED)]
+    named += [f"<image_{index}>" for index in range(min(num_image_tokens, 10))]  # their digits are all cut alike
+
+    backend = Tokenizer(Unigram(vocabulary, unk_id=num_image_tokens + proto.trainer_spec.unk_id, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [
+            *(normalizers.Replace(text, token) for text, token in WHITESPACE.items()),
+            normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap),
+            normalizers.NFC(),  # Precompiled leaves long graphemes in parts, as half-width ガ
+            normalizers.Replace(Regex("^ +| +$"), ""),
+            normalizers.Replace(Regex(" +"), "▁"),
+            normalizers.Prepend("▁"),
+        ]
+    )
+    cuts = cuts_of(named, SentencePieceProcessor(model_proto=proto.SerializeToString()))
+    backend.pre_tokenizer = pre_tokenizers.Split(cuts, "merged_with_previous")
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPECIAL["unk"], UNKNOWN_SURFACE),
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Replace(Regex("^ +"), ""),
+        ]
+    )
+    # The published tokenizer takes the blanks beside a special token with it.
+    backend.add_special_tokens(
+        [AddedToken(token, lstrip=True, rstrip=True, normalized=False, special=True) for token in SPECIAL.values()]
+    )
+    return backend
+
+
+def image_tokens_beside(vocab_file: str) -> int:
+    """How many ids come before the vocabulary, by the config.json beside it; the published default without one."""
+    path = os.path.join(os.path.dirname(vocab_file), "config.json")
+    if not os.path.isfile(path):
+        return PUBLISHED_IMAGE_TOKENS
+    with open(path, encoding="utf-8") as file:
+        bos_token_id = json.load(file).get("bos_token_id")
+    sop = SentencePieceProcessor(model_file=vocab_file).piece_to_id(SPECIAL["bos"])
+    return PUBLISHED_IMAGE_TOKENS if bos_token_id is None else max(0, bos_token_id - sop)
+
+
+def rounds_of(questions: list[str], replies: list[str], cue: bool) -> str:
+    """The published prompt: the question alone, or numbered rounds where others came before it."""
+    if len(questions) == 1:
+        return questions[0]
+    text = "".join(
+        f"[Round {index}]\n问：{question}\n答：{reply}\n"
+        for index, (question, reply) in enumerate(zip(questions[:-1], replies, strict=True))
+    )
+    return text + f"[Round {len(questions) - 1}]\n问：{questions[-1]}" + ("\n答：" if cue else "")
+
+
+class ChatGLM6BTokenizer(TokenizersBackend):
+    """Fast tokenizer over the published ice_text.model: ids + [gMASK, <sop>], pairs a + [gMASK, <sop>] + b + [<eop>].
+
+    As published, a call without padding returns input_ids alone, and one with padding also attention_mask
+    [B, 1, S, S], True = hidden, and position_ids [B, 2, S]. `return_attention_mask=True` gives the ordinary mask
+    [B, S], 1 = real token, instead; so do `apply_chat_template`, and `pad` where the rows bring such a mask along.
+    The model and its `generate` take either.
+
+    <sop>, <eop>, [MASK], <pad> and <unk> written in a text are found there by a plain call, never by
+    `apply_chat_template`. `num_image_tokens` ids come before those of the vocabulary; where it is not given,
+    the config.json beside the vocabulary says how many. Raises ValueError without a vocabulary file.
+    """
+
+    vocab_files_names = VOCAB_FILES_NAMES
+    model_input_names = ["input_ids", "attention_mask", "position_ids"]
+    padding_side = "left"
+
+    def __init__(
+        self,
+        vocab_file: str | None = None,
+        tokenizer_file: str | None = None,
+        num_image_tokens: int | None = None,
+        gmask_token: str = "[gMASK]",
+        end_token: str = "</s>",
+        **kwargs,
+    ):
+        if vocab_file is None and tokenizer_file is None:
+            raise ValueError("ChatGLM6BTokenizer found no ice_text.model; copy the published one into the folder.")
+        if num_image_tokens is None:
+            num_image_tokens = image_tokens_beside(vocab_file or tokenizer_file)
+        if tokenizer_file:
+            self._tokenizer = Tokenizer.from_file(tokenizer_file)
+        else:
+            self._tokenizer = backend_from_sentencepiece(vocab_file, num_image_tokens)
+        self.gmask_token, self.end_token = str(gmask_token), str(end_token)
+
+        known = self._tokenizer.get_vocab()
+        added = kwargs.pop("added_tokens_decoder", {})
+        kwargs["added_tokens_decoder"] = {index: token for index, token in added.items() if str(token) not in known}
+        kwargs.pop("model_specific_special_tokens", None)  # the library would look for these in texts
+        for name, token in SPECIAL.items():
+            kwargs.setdefault(f"{name}_token", token)
+        kwargs.setdefault("chat_template", CHAT_TEMPLATE)
+        kwargs.setdefault("clean_up_tokenization_spaces", True)
+        super().__init__(vocab_file=vocab_file, num_image_tokens=num_image_tokens, **kwargs)
+        self.init_kwargs.update(gmask_token=self.gmask_token, end_token=self.end_token)
+
+    @classmethod
+    def convert_to_native_format(cls, **kwargs) -> dict[str, Any]:
+        return kwargs  # __init__ reads the files itself
+
+    def update_post_processor(self):
+        suffix = " ".join(f"{token}:0" for token in SUFFIX)
+        self._tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A:0 {suffix}",
+            pair=f"$A:0 {suffix} $B:0 <eop>:0",
+            special_tokens=[(token, self._tokenizer.token_to_id(token)) for token in [*SUFFIX, "<eop>"]],
+        )
+
+    def _add_tokens(self, new_tokens: list[str | AddedToken], special_tokens: bool = False) -> int:
+        # Looked for in the text as written: normalising would put the leading blank before each of them.
+        tokens = []
+        for token in new_tokens:
+            token = token if isinstance(token, AddedToken) else AddedToken(token)
+            flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "special")}
+            tokens.append(AddedToken(token.content, **flags, normalized=False))
+        return super()._add_tokens(tokens, special_tokens)
+
+    @property
+    def gmask_token_id(self) -> int:
+        return self.convert_tokens_to_ids(self.gmask_token)
+
+    @property
+    def end_token_id(self) -> int:
+        return self.convert_tokens_to_ids(self.end_token)
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Ids that end a reply: <eop>."""
+        return [self.eos_token_id]
+
+    def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs) -> list[str]:
+        # The backend's own would show special tokens with the blanks that they took along.
+        encoding = self._encode_plus(text=text, text_pair=pair, add_special_tokens=add_special_tokens, **kwargs)
+        return self.convert_ids_to_tokens(encoding["input_ids"])
+
+    # --- padding
+
+    def prefix_mask_and_positions(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The published mask [1, S, S], True = hidden, and positions [2, S] of an unpadded row.
+
+        Where a row holds both masks, [MASK] comes before [gMASK] here; in the model it is the other way round.
+        """
+        length = len(ids)
+        context_length = ids.index(self.bos_token_id) if self.bos_token_id in ids else length
+        hidden = np.triu(np.ones((1, length, length), dtype=bool), k=1)
+        hidden[:, :, :context_length] = False
+        positions = np.zeros((2, length), dtype=np.int64)
+        positions[0] = np.arange(length)
+        positions[1, context_length:] = np.arange(1, length - context_length + 1)
+        filled = self.mask_token_id if self.mask_token_id in ids else self.gmask_token_id
+        if filled in ids:
+            positions[0, context_length:] = ids.index(filled)
+        return hidden, positions
+
+    def _convert_encoding(self, encoding, return_token_type_ids=None, return_attention_mask=None, **kwargs):
+        columns, encodings = super()._convert_encoding(
+            encoding, return_token_type_ids, return_attention_mask=bool(return_attention_mask), **kwargs
+        )
+        if return_attention_mask is None and self._tokenizer.padding is not None:
+            for each in encodings:
+                real = np.flatnonzero(each.attention_mask)
+                mask, positions = self.prefix_mask_and_positions([each.ids[index] for index in real])
+                left = int(real[0]) if len(real) else 0
+                margin = (left, len(each.ids) - left - len(real))
+                columns["attention_mask"].append(np.pad(mask, ((0, 0), margin, margin), constant_values=True).tolist())
+                columns["position_ids"].append(np.pad(positions, ((0, 0), margin)).tolist())
+        return columns, encodings
+
+    def _pad(
+        self,
+        encoded_inputs,
+        max_length: int | None = None,
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+    ) -> dict:
+        encoded = dict(encoded_inputs)
+        mask, length = encoded.get("attention_mask"), len(encoded["input_ids"])
+        ordinary = bool(return_attention_mask) or (mask is not None and np.ndim(mask) == 1)
+        published = return_attention_mask is None and not ordinary and padding_strategy != PaddingStrategy.DO_NOT_PAD
+        if published:
+            if mask is None:
+                encoded["attention_mask"], encoded["position_ids"] = self.prefix_mask_and_positions(
+                    list(encoded["input_ids"])
+                )
+            mask, positions = np.array(encoded.pop("attention_mask")), np.array(encoded.pop("position_ids"))
+        encoded = super()._pad(
+            encoded, max_length, padding_strategy, pad_to_multiple_of, padding_side, return_attention_mask=ordinary
+        )
+        added = len(encoded["input_ids"]) - length
+        margin = (added, 0) if (padding_side or self.padding_side) == "left" else (0, added)
+        if published:
+            encoded["attention_mask"] = np.pad(mask, ((0, 0), margin, margin), constant_values=True).tolist()
+            encoded["position_ids"] = np.pad(positions, ((0, 0), margin)).tolist()
+        if "assistant_masks" in encoded:
+            encoded["assistant_masks"] = np.pad(encoded["assistant_masks"], margin).tolist()
+        return encoded
+
+    # --- decoding and saving
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs,
+    ) -> str:
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        silent = {self.pad_token_id, *self._control_ids()}
+        if skip_special_tokens:
+            silent |= set(self.all_special_ids)
+        text = self._tokenizer.decode([index for index in ids if index not in silent], skip_special_tokens=False)
+        for blank, token in WHITESPACE.items():
+            text = text.replace(token, blank)
+        text = text.replace(UNKNOWN_SURFACE, " ⁇ ")
+        if clean_up_tokenization_spaces is None:
+            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
+        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+
+    def _control_ids(self) -> list[int]:
+        """Ids that never show in text, with or without skip_special_tokens."""
+        names = ["<s>", "</s>", "<pad>", "[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>"]
+        return [self._tokenizer.token_to_id(name) for name in [*names, "<ENC>", "<dBLOCK>"]]
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Copies ice_text.model, where the tokenizer was made from it."""
+        if not self.can_save_slow_tokenizer:
+            return ()
+        name = VOCAB_FILES_NAMES["vocab_file"]
+        path = os.path.join(save_directory, f"{filename_prefix}-{name}" if filename_prefix else name)
+        if os.path.abspath(self.vocab_file) != os.path.abspath(path):
+            shutil.copyfile(self.vocab_file, path)
+        return (path,)
+
+    def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
+        files = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        return files + self.save_vocabulary(save_directory, filename_prefix)
+
+    # --- chat
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        tools: list | None = None,
+        documents: list[dict] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = True,
+        return_assistant_tokens_mask: bool = False,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        """The published prompt of one conversation or a batch of them, and the final reply where there is one.
+
+        Messages are dicts of `role` (user and assistant in turn, after a system message at most) and `content`. All
+        but the final reply is the prompt, which [gMASK] and <sop> close. No end token is appended. `attention_mask`
+        is the ordinary one, [B, S]. With `return_assistant_tokens_mask`, `assistant_masks` marks the final reply,
+        unless its own `loss` key is false; earlier replies are read, not learnt. Raises ValueError for other roles.
+        """
+        tokenizer_kwargs = tokenizer_kwargs or {}
+        if (chat_template or self.chat_template) != CHAT_TEMPLATE:
+            return super().apply_chat_template(
+                conversation,
+                tools=tools,
+                documents=documents,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=tokenize,
+                padding=padding,
+                truncation=truncation,
+                max_length=max_length,
+                return_tensors=return_tensors,
+                return_dict=return_dict,
+                return_assistant_tokens_mask=return_assistant_tokens_mask,
+                tokenizer_kwargs=tokenizer_kwargs,
+                **kwargs,
+            )
+        if continue_final_message and add_generation_prompt:
+            raise ValueError(
+                "Choose one of continue_final_message and add_generation_prompt: the reply is open or new."
+            )
+        if tools:
+            raise ValueError("ChatGLM-6B has no prompt for tools; leave them out or use ChatGLM3.")
+
+        batched = len(conversation) > 0 and not isinstance(conversation[0], dict)
+        conversations = conversation if batched else [conversation]
+        prompts = [self._prompt(messages, add_generation_prompt) for messages in conversations]
+        if not tokenize:
+            texts = ["".join(part.text for part in parts) for parts in prompts]
+            return texts if batched else texts[0]
+
+        columns = self._encode_prompts(prompts)
+        if not return_assistant_tokens_mask:
+            del columns["assistant_masks"]
+        if truncation:
+            limit = max_length or self.model_max_length
+            kept = slice(-limit, None) if self.truncation_side == "left" else slice(limit)
+            columns = {name: [row[kept] for row in rows] for name, rows in columns.items()}
+        encoding = self.pad(
+            columns, padding=padding, max_length=max_length, return_tensors=return_tensors, **tokenizer_kwargs
+        )
+        if not batched and return_tensors is None:
+            encoding = BatchEncoding({name: rows[0] for name, rows in encoding.items()})
+        return encoding if return_dict else encoding["input_ids"]
+
+    def _prompt(self, messages: list[dict], cue: bool) -> list[Part]:
+        if not messages:
+            raise ValueError("A conversation needs at least one message.")
+        messages = [{**message, "content": message.get("content") or ""} for message in messages]
+        for message in messages:
+            if message.get("role") not in ("system", "user", "assistant"):
+                raise ValueError(f"Unknown role {message.get('role')!r}: ChatGLM-6B knows system, user, assistant.")
+            if not isinstance(message["content"], str):
+                raise ValueError(
+                    f"The content of a {message['role']} message must be text, got {message['content']!r}."
+                )
+        first = int(messages[0]["role"] == "system")
+        for index, message in enumerate(messages[first:]):
+            expected = ("user", "assistant")[index % 2]
+            if message["role"] != expected:
+                raise ValueError(
+                    f"Message {first + index + 1} has role {message['role']!r} where ChatGLM-6B needs {expected!r}: "
+                    "its prompt is made of rounds, a question and a reply in turn."
+                )
+        if len(messages) == first:
+            raise ValueError("A conversation needs at least one user message.")
+
+        contents = [message["content"] for message in messages[first:]]
+        questions, replies = contents[0::2], contents[1::2]
+        answered = len(questions) == len(replies)
+        text = rounds_of(questions, replies[: len(questions) - 1], cue or answered)
+        parts = [Part(messages[0]["content"] + "\n" + text if first else text)]
+        parts += [Part(token, special=True) for token in SUFFIX]
+        return [*parts, Part(replies[-1], trained=is_trained(messages[-1]))] if answered else parts
+
+    def _encode_prompts(self, prompts: list[list[Part]]) -> dict[str, list[list[int]]]:
+        """Ids, ordinary masks and training masks of all prompts, with all their texts in one call of the backend."""
+        backend = self._tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True  # that is, as text
+        texts = [part.text for parts in prompts for part in parts if not part.special]
+        encodings = iter(backend.encode_batch_fast(texts, add_special_tokens=False))
+        columns = {"input_ids": [], "attention_mask": [], "assistant_masks": []}
+        for parts in prompts:
+            ids, trained = [], []
+            for part in parts:
+                part_ids = [backend.token_to_id(part.text)] if part.special else next(encodings).ids
+                ids += part_ids
+                trained += [int(part.trained)] * len(part_ids)
+            columns["input_ids"].append(ids)
+            columns["attention_mask"].append([1] * len(ids))
+            columns["assistant_masks"].append(trained)
+        return columns
