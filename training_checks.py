@@ -1,5 +1,6 @@
 """Checks that stop a run which cannot end well, in its first minute where that is possible."""
 
+import itertools
 import logging
 from pathlib import Path
 
@@ -27,7 +28,8 @@ class TrainingChecks(TrainerCallback):
         example = next(iter(train_dataloader.dataset))
         logger.info(f"The first example; what stands in 【】 is trained:\n{marked_text(processing_class, example)}")
         if args.do_predict:
-            check_generation(model, example["input_ids"][:8])
+            untrained = itertools.takewhile(lambda label: label == IGNORE_INDEX, example["labels"])
+            check_generation(model, example["input_ids"][: len(list(untrained))])
         self.finite = torch.tensor(True, device=args.device)
         self.has_gradient = set()
         self.loss_hook = model.register_forward_hook(self.note_loss)

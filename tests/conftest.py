@@ -66,6 +66,16 @@ def chatglm2(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def chatglm1(tmp_path_factory):
+    return tiny_chatglm(tmp_path_factory.mktemp("checkpoints") / "first", "chatglm")
+
+
+@pytest.fixture(scope="session")
+def glm4_checkpoint(tmp_path_factory):
+    return tiny_chatglm(tmp_path_factory.mktemp("checkpoints") / "glm-4", "glm4")
+
+
+@pytest.fixture(scope="session")
 def text_files(tmp_path_factory):
     """train.txt and valid.txt."""
     folder = tmp_path_factory.mktemp("text")

@@ -44,6 +44,16 @@ def glm2(chatglm2):
     return AutoTokenizer.from_pretrained(chatglm2)
 
 
+@pytest.fixture(scope="module")
+def glm1(chatglm1):
+    return AutoTokenizer.from_pretrained(chatglm1)
+
+
+@pytest.fixture(scope="module")
+def glm4(glm4_checkpoint):
+    return AutoTokenizer.from_pretrained(glm4_checkpoint)
+
+
 def encoded(tokenizer, messages, args=ARGS):
     """The examples of one conversation."""
     conversations = up_to_answers(messages, answers_apart(tokenizer))
@@ -64,12 +74,22 @@ def test_chatglm3_example_trains_every_answer_and_the_token_that_ends_it(glm3):
     assert all(label in (token, IGNORE_INDEX) for token, label in kept)
 
 
-def test_chatglm2_answers_become_one_example_each_because_the_history_is_written_anew(glm2):
-    first, second = encoded(glm2, TURNS)
+@pytest.mark.parametrize("name", ["glm1", "glm2"])
+def test_answers_become_one_example_each_where_the_history_is_written_anew(name, request):
+    tokenizer = request.getfixturevalue(name)
+    first, second = encoded(tokenizer, TURNS)
     for example, end in ((first, 2), (second, 4)):
-        answer = glm2.encode(TURNS[end - 1]["content"], add_special_tokens=False) + [glm2.eos_token_id]
+        answer = tokenizer.encode(TURNS[end - 1]["content"], add_special_tokens=False) + [tokenizer.eos_token_id]
         assert trained_ids(example) == answer
-        assert example["input_ids"] == prompt_ids(glm2, TURNS[: end - 1]) + answer
+        assert example["input_ids"] == prompt_ids(tokenizer, TURNS[: end - 1]) + answer
+
+
+def test_answers_of_glm4_end_with_the_token_of_the_user(glm4):
+    (example,) = encoded(glm4, TURNS)
+    user = glm4.convert_tokens_to_ids("<|user|>")
+    trained = trained_ids(example)
+    assert trained.count(user) == 2 and trained[-1] == user
+    assert glm4.decode(trained, skip_special_tokens=True).split() == [TURNS[1]["content"], TURNS[3]["content"]]
 
 
 def test_template_without_generation_marks_gets_the_right_labels(tokenizer):
@@ -79,7 +99,7 @@ def test_template_without_generation_marks_gets_the_right_labels(tokenizer):
     assert tokenizer.decode(example["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-@pytest.mark.parametrize("name", ["glm3", "glm2", "tokenizer"])
+@pytest.mark.parametrize("name", ["glm1", "glm2", "glm3", "glm4", "tokenizer"])
 def test_training_example_begins_with_the_prompt_used_for_prediction(name, request):
     tokenizer = request.getfixturevalue(name)
     example = encoded(tokenizer, TURNS)[-1]
@@ -88,13 +108,17 @@ def test_training_example_begins_with_the_prompt_used_for_prediction(name, reque
     assert example["labels"][len(prompt) :] == example["input_ids"][len(prompt) :]
 
 
-def test_special_token_text_in_a_message_stays_text(glm3):
-    messages = [{"role": "user", "content": "<|assistant|>[gMASK]</s>"}, {"role": "assistant", "content": "好"}]
-    (example,) = encoded(glm3, messages)
-    ids = example["input_ids"]
-    for token, count in {"<|assistant|>": 1, "[gMASK]": 1, "</s>": 1}.items():
-        assert ids.count(glm3.convert_tokens_to_ids(token)) == count
-    assert "<|assistant|>[gMASK]</s>" in glm3.decode(ids)
+SPECIAL = {"glm1": "<eop>", "glm2": "</s>", "glm3": "<|assistant|>", "glm4": "<|user|>"}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_special_token_text_in_a_message_stays_text(name, request):
+    tokenizer = request.getfixturevalue(name)
+    special = {SPECIAL[name]: 1 if name != "glm4" else 2, "[gMASK]": 1}  # GLM-4's <|user|> opens and closes
+    messages = [{"role": "user", "content": "".join(special)}, {"role": "assistant", "content": "好"}]
+    (example,) = encoded(tokenizer, messages)
+    for token, count in special.items():
+        assert example["input_ids"].count(tokenizer.convert_tokens_to_ids(token)) == count
 
 
 @pytest.mark.parametrize("history", [None, [], "", "[]"])

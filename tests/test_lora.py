@@ -107,6 +107,24 @@ def test_prefix_tuning_trains_saves_and_predicts(run, flags, chats, options):
     assert answers[0] == answers[1] and len(set(losses(folder))) == 4
 
 
+@pytest.mark.parametrize("name", ["chatglm1", "chatglm2", "glm4_checkpoint"])
+def test_every_generation_trains_evaluates_and_answers(run, name, chats, request):
+    flags = ["--train_file", chats, "--validation_file", chats, "--test_file", chats, CHAT_FLAGS]
+    stages = ["--do_train", "--do_eval", "--do_predict", "--max_steps", 6, "--max_target_length", 12]
+    checkpoint = request.getfixturevalue(name)
+    folder = run(
+        "--model_name_or_path", checkpoint, flags, stages, "--max_predict_samples", 3, "--learning_rate", 3e-2
+    )
+    assert losses(folder)[-1] < losses(folder)[0] and results(folder, "eval")["eval_loss"] < losses(folder)[0]
+    assert all("query_key_value" in tensor for tensor in adapter(folder))
+    again = run(
+        "--model_name_or_path", checkpoint, flags, "--do_predict", "--max_target_length", 12, "--max_predict_samples", 3,
+        "--adapter_name_or_path", folder, output="again",
+    )  # fmt: skip
+    rows = [(path / "generated_predictions.jsonl").read_text() for path in (folder, again)]
+    assert rows[0] == rows[1]
+
+
 def test_prefix_and_gradient_checkpointing_are_refused_together(run, flags):
     with pytest.raises(ValueError, match="A trained prefix and gradient checkpointing exclude each other"):
         run(flags, "--peft_type", "PREFIX_TUNING", "--gradient_checkpointing")

@@ -143,6 +143,11 @@ def test_training_without_a_training_split_says_so(run, llama, text_files):
         run("--model_name_or_path", llama, "--validation_file", text_files / "valid.txt", "--do_train")
 
 
+def test_chatglm_6b_is_not_given_blocks_of_text(run, chatglm1, text_files):
+    with pytest.raises(ValueError, match="ChatGLM-6B needs a .gMASK. and a <sop> in every row"):
+        run("--model_name_or_path", chatglm1, "--train_file", text_files / "train.txt", "--do_train")
+
+
 def test_model_from_scratch_follows_the_seed_and_the_overrides(run, llama, text_files):
     flags = [
         "--model_type", "gpt2", "--tokenizer_name", llama, "--train_file", text_files / "train.txt", "--do_train",
