@@ -56,19 +56,21 @@ def python_call_arguments(text: str) -> dict[str, Any] | None:
     code = "\n".join(text.split("\n")[1:-1])
     try:
         call = ast.parse(code.strip(), mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
+        if not isinstance(call, ast.Call) or ast.unparse(call.func) != "tool_call" or call.args:
             return None
-        return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError):
+        arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, TypeError, RecursionError):
         return None
+    return None if None in arguments else arguments  # from **
 
 
 def json_arguments(text: str) -> dict[str, Any] | None:
     """GLM-4's arguments of a tool call."""
     try:
-        return json.loads(text)
-    except ValueError:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError):
         return None
+    return arguments if isinstance(arguments, dict) else None
 
 
 class ChatMixin:

@@ -281,7 +281,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel, GlmModel):
         Raises ValueError for a prefix with another kind of mask, a static cache or a flattened batch.
         """
         if self.config.pre_seq_len:
-            batch_size, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            batch_size, length = given.shape[:2]
             self.refuse_what_has_no_place_for_a_prefix(attention_mask, position_ids, past_key_values)
             if past_key_values is None or past_key_values.get_seq_length() == 0:
                 past_key_values = self.filled_with_prefix(past_key_values, batch_size, use_cache)
@@ -292,7 +293,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, GlmModel):
                 )
             if position_ids is None:
                 first = past_length - self.config.pre_seq_len
-                position_ids = torch.arange(first, first + length, device=self.device)[None]
+                position_ids = torch.arange(first, first + length, device=given.device)[None]
 
         outputs = super().forward(
             input_ids=input_ids,

@@ -191,4 +191,8 @@ class ChatGLM4Tokenizer(PartsTokenizer):
         wrapped = [tool if "type" in tool else {"type": "function", "function": tool} for tool in tools]
         message = {"role": "system", "content": "", "tools": wrapped}
         text = render_jinja_template([[message]], chat_template=template)[0][0]
+        if not text.startswith(TOOLS_START):
+            raise ValueError(
+                "The chat template says nothing about tools; describe them in the system message instead."
+            )
         return text.removeprefix(TOOLS_START)

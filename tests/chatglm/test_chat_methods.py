@@ -100,7 +100,14 @@ def test_tool_calls_are_data():
         "b": "x",
         "c": [1, {"d": None}],
     }
-    for text in ("__import__('os').system('true')", "tool_call(a=open('x'))", "tool_call(1)", "tool_call(", "a = 1"):
+    for text in (
+        "__import__('os').system('true')",
+        "tool_call(a=open('x'))",
+        "tool_call(1)",
+        "tool_call(",
+        "a = 1",
+        "tool_call(**{'a': 1})",
+    ):
         assert python_call_arguments(f"```python\n{text}\n```") is None
 
 

@@ -436,3 +436,4 @@ def test_tokenizer_can_be_sent_to_other_processes(v3):
 def test_stop_token_ids(v2, v3):
     assert v2.stop_token_ids == [2]
     assert v3.stop_token_ids == [2, 1506, 1508]
+    assert v2.end_of_reply_token_id == v3.end_of_reply_token_id == 2

@@ -266,12 +266,42 @@ def test_tools_follow_the_system_message_or_come_first(tokenizer):
         tokenizer.apply_chat_template(TALK, tools=[{"type": "python"}])
 
 
+def test_a_template_without_tools_is_named(glm4_folder, tmp_path):
+    template = (
+        "[gMASK]<sop>{% for item in messages %}{% if item['content'] %}<|{{ item['role'] }}|>{{ item['metadata'] }}\n"
+        "{{ item['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    template = template.replace("\n{{", "{{ '\\n' }}{{")
+    tokenizer = copied_tokenizer(glm4_folder, tmp_path, chat_template=template)
+    assert len(tokenizer.apply_chat_template(TALK)["input_ids"]) > 10
+    with pytest.raises(ValueError, match="says nothing about tools"):
+        tokenizer.apply_chat_template(TALK, tools=[WEATHER])
+
+
 def test_a_template_that_says_something_else_is_used(glm4_folder, tmp_path):
     template = "{% for message in messages %}<|user|>{{ message['content'] }}{% endfor %}"
     tokenizer = copied_tokenizer(glm4_folder, tmp_path, chat_template=template)
     assert tokenizer.apply_chat_template(TALK[1:2])["input_ids"] == [907, 347, 337, 189]
     broken = tokenizer.apply_chat_template(TALK[1:2], chat_template="{{ messages[0].content }}")
     assert broken["input_ids"] == [347, 337, 189]
+
+
+def test_a_template_that_says_the_same_gives_the_words_for_tools(glm4_folder, tmp_path):
+    template = (
+        "[gMASK]<sop>{% for item in messages %}{% if item['tools'] is defined %}<|system|>\nI am G."
+        "{% for tool in item['tools'] %}\n## {{ tool['type'] }}{% endfor %}{% endif %}"
+        "{% if item['content'] %}<|{{ item['role'] }}|>{{ item['metadata'] }}\n{{ item['content'] }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = copied_tokenizer(glm4_folder, tmp_path, chat_template=template)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        assert each.chat_template == template
+        text = each.apply_chat_template(TALK[1:2], tools=[WEATHER, {"type": "python"}], tokenize=False)
+        assert text == "[gMASK]<sop><|system|>\nI am G.## function## python<|user|>\n你好"  # trim_blocks
+        typed = [{"role": "user", "content": "<|assistant|>"}]
+        ids = each.apply_chat_template(typed, return_assistant_tokens_mask=True)
+        assert [index for index in ids["input_ids"] if index >= 900] == [902, 904, 907]
 
 
 @pytest.mark.parametrize(
