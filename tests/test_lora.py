@@ -111,16 +111,12 @@ def test_prefix_tuning_trains_saves_and_predicts(run, flags, chats, options):
 def test_every_generation_trains_evaluates_and_answers(run, name, chats, request):
     flags = ["--train_file", chats, "--validation_file", chats, "--test_file", chats, CHAT_FLAGS]
     stages = ["--do_train", "--do_eval", "--do_predict", "--max_steps", 6, "--max_target_length", 12]
-    checkpoint = request.getfixturevalue(name)
-    folder = run(
-        "--model_name_or_path", checkpoint, flags, stages, "--max_predict_samples", 3, "--learning_rate", 3e-2
-    )
+    model = ["--model_name_or_path", request.getfixturevalue(name), "--max_predict_samples", 3]
+    folder = run(model, flags, stages, "--learning_rate", 3e-2)
     assert losses(folder)[-1] < losses(folder)[0] and results(folder, "eval")["eval_loss"] < losses(folder)[0]
     assert all("query_key_value" in tensor for tensor in adapter(folder))
-    again = run(
-        "--model_name_or_path", checkpoint, flags, "--do_predict", "--max_target_length", 12, "--max_predict_samples", 3,
-        "--adapter_name_or_path", folder, output="again",
-    )  # fmt: skip
+    answer = ["--do_predict", "--max_target_length", 12, "--adapter_name_or_path", folder]
+    again = run(model, flags, answer, output="again")
     rows = [(path / "generated_predictions.jsonl").read_text() for path in (folder, again)]
     assert rows[0] == rows[1]
 
