@@ -184,9 +184,13 @@ class PartsTokenizer(TokenizersBackend):
             limit = max_length or self.model_max_length
             kept = slice(-limit, None) if self.truncation_side == "left" else slice(limit)
             columns = {name: [row[kept] for row in rows] for name, rows in columns.items()}
-        encoding = self.pad(
-            columns, padding=padding, max_length=max_length, return_tensors=return_tensors, **tokenizer_kwargs
-        )
+        columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]
+        columns["position_ids"] = [list(range(len(ids))) for ids in columns["input_ids"]]
+        encoding = BatchEncoding(columns)
+        if padding or return_tensors or tokenizer_kwargs:
+            encoding = self.pad(
+                columns, padding=padding, max_length=max_length, return_tensors=return_tensors, **tokenizer_kwargs
+            )
         if not batched and return_tensors is None:
             encoding = BatchEncoding({name: rows[0] for name, rows in encoding.items()})
         return encoding if return_dict else encoding["input_ids"]
@@ -213,15 +217,16 @@ class PartsTokenizer(TokenizersBackend):
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # that is, as text
-        texts = [part.text for parts in prompts for part in parts if not part.special]
-        encodings = iter(backend.encode_batch_fast(texts, add_special_tokens=False))
+        texts = list({part.text for parts in prompts for part in parts if not part.special})  # newlines come often
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        ids_of = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
         input_ids, masks = [], []
         for parts in prompts:
             ids, mask = [], []
-            for part in parts:
-                part_ids = [backend.token_to_id(part.text)] if part.special else next(encodings).ids
+            for text, special, trained in parts:
+                part_ids = [backend.token_to_id(text)] if special else ids_of[text]
                 ids += part_ids
-                mask += [int(part.trained)] * len(part_ids)
+                mask += [int(trained)] * len(part_ids)
             input_ids.append(ids)
             masks.append(mask)
         return {"input_ids": input_ids, "assistant_masks": masks}
