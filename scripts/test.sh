@@ -10,7 +10,9 @@ export HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLEL
 
 oldest=transformers==5.17.0
 if [ ! -d ".venv/$oldest" ]; then
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --target ".venv/$oldest" $oldest
+    rm -rf ".venv/$oldest.part"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --target ".venv/$oldest.part" $oldest
+    mv ".venv/$oldest.part" ".venv/$oldest"
 fi
 echo "== $oldest"
 PYTHONPATH=".venv/$oldest" .venv/bin/python -m pytest --numprocesses 2 tests/chatglm
