@@ -345,8 +345,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, GlmForC
     def history_of_pairs(self) -> bool:
         return self.config.generation in SECOND_GENERATION
 
-    @property
-    def fallback_token_id(self) -> int:
+    def fallback_token_id(self, tokenizer) -> int:
         return 198 if self.config.generation == "glm4" else 5
 
     @property

@@ -4,17 +4,13 @@ Shapes: B batch, S tokens, K keys, H hidden size, n heads, d head size, P prefix
 T position streams (2: place in the text and place in the answer, or 1 with position_encoding_2d=false).
 """
 
-import queue
 import re
-import threading
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -25,6 +21,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .chat import ChatMixin
 from .configuration_chatglm_6b import ChatGLM6BConfig
 from .loss import causal_lm_loss
 from .quantization import linear
@@ -376,9 +373,11 @@ def grown_mask(hidden: torch.Tensor, length: int) -> torch.Tensor:
     return torch.cat((hidden, torch.where(new, later, last)), dim=2)
 
 
-class ChatGLM6BForConditionalGeneration(ChatGLM6BPreTrainedModel, GenerationMixin):
+class ChatGLM6BForConditionalGeneration(ChatMixin, ChatGLM6BPreTrainedModel, GenerationMixin):
     """The language model, its output layer tied to the embeddings."""
 
+    chat_defaults = {"max_length": 2048, "num_beams": 1, "do_sample": True, "top_p": 0.7, "temperature": 0.95}
+    history_of_pairs = True
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
@@ -388,6 +387,9 @@ class ChatGLM6BForConditionalGeneration(ChatGLM6BPreTrainedModel, GenerationMixi
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
         self.freeze_base()
+
+    def fallback_token_id(self, tokenizer) -> int:
+        return tokenizer.convert_tokens_to_ids("▁")  # 5, or 20005 in the first release
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
@@ -501,147 +503,23 @@ class ChatGLM6BForConditionalGeneration(ChatGLM6BPreTrainedModel, GenerationMixi
         """The ids of one row so far, [1, S + 1], [1, S + 2], ..., up to the token before the end token."""
         stop_ids = kwargs.get("eos_token_id", self.generation_config.eos_token_id)
         stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []
-        for token in generated_tokens(self, input_ids, **kwargs):
+        for token in self.generated_ids(input_ids=input_ids, **kwargs):
             if token in stop_ids:
                 return
             input_ids = torch.cat((input_ids, input_ids.new_tensor([[token]])), dim=-1)
             yield input_ids
 
-    # --- chat
+    def stream_chat(self, tokenizer, query: str, history: list[tuple[str, str]] | None = None, **options):
+        """Yields (reply so far, history) token by token, the end token left out."""
+        messages = self.chat_messages(query, history)
+        inputs = self.chat_inputs(tokenizer, messages)
+        length = inputs["input_ids"].shape[1]
+        for ids in self.stream_generate(**inputs, **self.chat_options(tokenizer, options)):
+            yield self.chat_reply(tokenizer, ids[0, length:].tolist(), query, history, messages)
 
-    def chat(
-        self,
-        tokenizer,
-        query: str,
-        history: list[tuple[str, str]] | None = None,
-        max_length: int = 2048,
-        num_beams: int = 1,
-        do_sample: bool = True,
-        top_p: float = 0.7,
-        temperature: float = 0.95,
-        logits_processor: LogitsProcessorList | None = None,
-        **kwargs,
-    ) -> tuple[str, list[tuple[str, str]]]:
-        """The reply to a query and a new history, which ends with both; the one passed in is left alone."""
-        history = list(history or [])
-        input_ids = chat_input_ids(tokenizer, query, history).to(self.device)  # [1, S]
-        output_ids = self.generate(
-            input_ids=input_ids,
-            max_length=max_length,
-            num_beams=num_beams,
-            do_sample=do_sample,
-            top_p=top_p,
-            temperature=temperature,
-            logits_processor=guarded(logits_processor, tokenizer),
-            **kwargs,
-        )
-        response = processed_response(tokenizer.decode(output_ids[0, input_ids.shape[1] :].tolist()))
-        return response, [*history, (query, response)]
-
-    def stream_chat(
-        self,
-        tokenizer,
-        query: str,
-        history: list[tuple[str, str]] | None = None,
-        max_length: int = 2048,
-        do_sample: bool = True,
-        top_p: float = 0.7,
-        temperature: float = 0.95,
-        logits_processor: LogitsProcessorList | None = None,
-        **kwargs,
-    ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-        """`chat` token by token: each time the reply so far and a new history."""
-        history = list(history or [])
-        input_ids = chat_input_ids(tokenizer, query, history).to(self.device)  # [1, S]
-        for ids in self.stream_generate(
-            input_ids,
-            max_length=max_length,
-            do_sample=do_sample,
-            top_p=top_p,
-            temperature=temperature,
-            logits_processor=guarded(logits_processor, tokenizer),
-            **kwargs,
-        ):
-            response = processed_response(tokenizer.decode(ids[0, input_ids.shape[1] :].tolist()))
-            yield response, [*history, (query, response)]
-
-
-class InvalidScores(LogitsProcessor):
-    """Chooses one harmless token where half precision has made NaN or infinity of a score."""
-
-    def __init__(self, token_id: int):
-        self.token_id = token_id
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if torch.isfinite(scores).all():
-            return scores
-        scores = torch.zeros_like(scores)
-        scores[..., self.token_id] = 5e4
-        return scores
-
-
-def guarded(processors: LogitsProcessorList | None, tokenizer) -> LogitsProcessorList:
-    blank = tokenizer.convert_tokens_to_ids("▁")  # 5, or 20005 in the first release
-    return LogitsProcessorList([*(processors or []), InvalidScores(blank)])
-
-
-def chat_input_ids(tokenizer, query: str, history: list[tuple[str, str]]) -> torch.LongTensor:
-    """The published prompt, [1, S]."""
-    messages = []
-    for question, reply in history:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-    messages.append({"role": "user", "content": query})
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
-
-
-def processed_response(text: str) -> str:
-    """A reply as it is shown: full-width punctuation again where a Chinese character is next to it."""
-    text = text.strip().replace("[[训练时间]]", "2023年")
-    for half, full in (",，", "!！", ":：", ";；", "?？"):
-        text = re.sub(rf"(?<=[\u4e00-\u9fff])\{half}|\{half}(?=[\u4e00-\u9fff])", full, text)
-    return text
-
-
-class TokenQueue(BaseStreamer, StoppingCriteria):
-    """Hands tokens from a generating thread to a reading one, and stops the former when `abandoned` is set."""
-
-    def __init__(self):
-        self.items: queue.Queue = queue.Queue()
-        self.abandoned = threading.Event()
-        self.prompt_seen = False
-
-    def put(self, value: torch.Tensor):
-        if self.prompt_seen:
-            self.items.put(value.item())
-        self.prompt_seen = True
-
-    def end(self):
-        pass  # the thread says so itself, after errors too
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        return torch.full((len(input_ids),), self.abandoned.is_set(), device=input_ids.device)
-
-
-def generated_tokens(model, input_ids: torch.LongTensor, **kwargs) -> Iterator[int]:
-    """The tokens that `generate` appends to one row, as soon as each is known."""
-    tokens = TokenQueue()
-
-    def run():
-        try:
-            model.generate(
-                input_ids=input_ids, streamer=tokens, stopping_criteria=StoppingCriteriaList([tokens]), **kwargs
-            )
-            tokens.items.put(None)
-        except Exception as error:
-            tokens.items.put(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        while (item := tokens.items.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item
-    finally:
-        tokens.abandoned.set()
-        thread.join()
+    def process_response(self, output: str, history: list[dict]) -> tuple[str, list[dict]]:
+        """A reply as it is shown: full-width punctuation again where a Chinese character is next to it."""
+        text, history = super().process_response(output, history)
+        for half, full in (",，", "!！", ":：", ";；", "?？"):
+            text = re.sub(rf"(?<=[\u4e00-\u9fff])\{half}|\{half}(?=[\u4e00-\u9fff])", full, text)
+        return text, history
