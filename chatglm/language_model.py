@@ -4,6 +4,8 @@ Shapes: B batch, S tokens, H hidden size, V vocabulary rows, L layers, g key/val
 trained prefix.
 """
 
+import math
+
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
@@ -101,21 +103,19 @@ class PrefixLinear(nn.Linear):
 class PrefixEncoder(nn.Module):
     """P-Tuning v2: learnt keys and values, which every layer sees before those of the text.
 
-    With `prefix_projection` they are made from rows of `projected_size`.
+    `heads` are (g, d). With `prefix_projection` a network makes the states from embeddings of `projected_size`, or of
+    their own size where it is None.
     """
 
     def __init__(self, config: PreTrainedConfig, heads: tuple[int, int], projected_size: int | None = None):
         super().__init__()
-        self.shape = (2 * config.num_layers, *heads)  # heads: (g, d)
-        row = 2 * config.num_layers * heads[0] * heads[1]
+        self.shape = (2 * config.num_layers, *heads)
+        row, inner = math.prod(self.shape), config.hidden_size
+        learnt = projected_size or row if config.prefix_projection else row
+        self.embedding = PrefixEmbedding(config.pre_seq_len, learnt)
         self.trans = nn.Identity()
-        learnt_size = row
         if config.prefix_projection:
-            learnt_size = projected_size or row
-        self.embedding = PrefixEmbedding(config.pre_seq_len, learnt_size)
-        if config.prefix_projection:
-            inner = config.hidden_size
-            self.trans = nn.Sequential(PrefixLinear(learnt_size, inner), nn.Tanh(), PrefixLinear(inner, row))
+            self.trans = nn.Sequential(PrefixLinear(learnt, inner), nn.Tanh(), PrefixLinear(inner, row))
         self.dropout = nn.Dropout(PREFIX_DROPOUT)
 
     def forward(self, batch_size: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -122,6 +122,7 @@ class ChatGLM6BBlock(GradientCheckpointingLayer):
 class ChatGLM6BPreTrainedModel(PrefixTunedMixin, PreTrainedModel):
     config: ChatGLM6BConfig
     base_model_prefix = "transformer"
+    _input_embed_layer = "word_embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ChatGLM6BBlock"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -148,12 +149,6 @@ class ChatGLM6BModel(ChatGLM6BPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
         self.freeze_all_but_prefix()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding):
-        self.word_embeddings = value
 
     @merge_with_config_defaults
     @capture_outputs
@@ -347,12 +342,6 @@ class ChatGLM6BForConditionalGeneration(ChatMixin, CausalLMMixin, ChatGLM6BPreTr
 
     def fallback_token_id(self, tokenizer) -> int:
         return tokenizer.convert_tokens_to_ids("▁")  # 5, or 20005 in the first release
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear):
-        self.lm_head = new_embeddings
 
     # --- generation: a prompt's own mask and positions are kept as given and grow with the text
 
