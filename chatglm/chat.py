@@ -81,7 +81,6 @@ class ChatMixin:
 
     chat_defaults = {"max_length": 8192, "num_beams": 1, "do_sample": True, "top_p": 0.8, "temperature": 0.8}
     history_of_pairs = False
-    fallback_token_id = 5
     tool_arguments = staticmethod(python_call_arguments)
 
     def chat(self, tokenizer, query: str, history: list | None = None, role: str = "user", **options):
@@ -91,10 +90,10 @@ class ChatMixin:
         `content`. The history passed in is left as it is.
         """
         messages = self.chat_messages(query, history, role)
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
-        output_ids = self.generate(**inputs.to(self.device), **self._chat_options(tokenizer, options))
+        inputs = self.chat_inputs(tokenizer, messages)
+        output_ids = self.generate(**inputs, **self.chat_options(tokenizer, options))
         reply_ids = output_ids[0, inputs["input_ids"].shape[1] :].tolist()
-        return self._reply(tokenizer, reply_ids, query, history, messages)
+        return self.chat_reply(tokenizer, reply_ids, query, history, messages)
 
     def stream_chat(
         self,
@@ -113,15 +112,15 @@ class ChatMixin:
         """
         messages = self.chat_messages(query, history, role)
         if past_key_values is None:
-            inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+            inputs = self.chat_inputs(tokenizer, messages)
             past_key_values = DynamicCache(config=self.config)
         else:
-            inputs = self._continued(tokenizer, messages, past_key_values)
-        options = {**self._chat_options(tokenizer, options), "past_key_values": past_key_values}
+            inputs = self.continued(tokenizer, messages, past_key_values)
+        options = {**self.chat_options(tokenizer, options), "past_key_values": past_key_values}
         reply_ids = []
-        for token_id in self._generated_ids(**inputs.to(self.device), **options):
+        for token_id in self.generated_ids(**inputs, **options):
             reply_ids.append(token_id)
-            response, new_history = self._reply(tokenizer, reply_ids, query, history, messages)
+            response, new_history = self.chat_reply(tokenizer, reply_ids, query, history, messages)
             if isinstance(response, dict) or (response and not response.endswith("\ufffd")):  # not half a character
                 extra = (past_key_values,) if return_past_key_values else ()
                 yield response, new_history, *extra
@@ -135,6 +134,14 @@ class ChatMixin:
                 {"role": who, "content": text} for turn in messages for who, text in zip(roles, turn, strict=True)
             ]
         return [*messages, {"role": role, "content": query}]
+
+    def chat_inputs(self, tokenizer, messages: list[dict[str, Any]]) -> BatchEncoding:
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+        return inputs.to(self.device)
+
+    def fallback_token_id(self, tokenizer) -> int:
+        """What a reply goes on with where half precision has made NaN or infinity of a score."""
+        return 5
 
     def process_response(self, output: str, history: list[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:
         """The answer in a decoded reply and the messages with the reply; several parts may follow each other."""
@@ -158,29 +165,29 @@ class ChatMixin:
                 response = {"name": metadata, "parameters": parameters}
         return response, history
 
-    def _reply(self, tokenizer, ids: list[int], query: str, history: list | None, messages: list[dict]):
+    def chat_reply(self, tokenizer, ids: list[int], query: str, history: list | None, messages: list[dict]):
         ids = ids[:-1] if ids and ids[-1] in tokenizer.stop_token_ids else ids
         response, messages = self.process_response(tokenizer.decode(ids), messages)
         return response, [*(history or []), (query, response)] if self.history_of_pairs else messages
 
-    def _chat_options(self, tokenizer, options: dict[str, Any]) -> dict[str, Any]:
+    def chat_options(self, tokenizer, options: dict[str, Any]) -> dict[str, Any]:
         guard = LogitsProcessorList(
-            [*(options.pop("logits_processor", None) or []), FiniteScores(self.fallback_token_id)]
+            [*(options.pop("logits_processor", None) or []), FiniteScores(self.fallback_token_id(tokenizer))]
         )
         defaults = {**self.chat_defaults, "eos_token_id": tokenizer.stop_token_ids, "logits_processor": guard}
         if options.get("max_new_tokens"):
             del defaults["max_length"]
         return {**defaults, **options}
 
-    def _continued(self, tokenizer, messages: list[dict[str, Any]], cache: DynamicCache):
+    def continued(self, tokenizer, messages: list[dict[str, Any]], cache: DynamicCache):
         """Inputs for the last message; `generate` wants ids for what the cache holds too, but does not read them."""
         if self.config.pre_seq_len:
             raise ValueError("A model with pre_seq_len cannot go on from past_key_values; pass the history alone.")
         new_ids = torch.tensor([tokenizer.continuation_of_chat(messages)])
         ids = torch.nn.functional.pad(new_ids, (cache.get_seq_length(), 0))
-        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)}).to(self.device)
 
-    def _generated_ids(self, **options) -> Iterator[int]:
+    def generated_ids(self, **options) -> Iterator[int]:
         """Ids of `generate` one by one. It runs in a thread, which ends when nobody listens any more."""
         streamer, closed = IdQueue(), Event()
         criteria = StoppingCriteriaList([*(options.pop("stopping_criteria", None) or []), StopOn(closed)])

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.glm.modeling_glm import (
     GlmForCausalLM,
@@ -26,7 +26,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 
 from .chat import ChatMixin, json_arguments, python_call_arguments
 from .configuration_chatglm import GLM4_VOCABULARY, SECOND_GENERATION, ChatGLMConfig
-from .loss import causal_lm_loss
+from .language_model import CausalLMMixin, PrefixEncoder, PrefixTunedMixin
 from .quantization import linear
 
 
@@ -155,30 +155,6 @@ class ChatGLMDecoderLayer(GradientCheckpointingLayer):
         return (normed if self.residual_after_norm else hidden_states) + self.dropout(self.mlp(normed))
 
 
-class ChatGLMPrefixEncoder(nn.Module):
-    """P-Tuning v2: learnt keys and values that stand before every sequence, in every layer."""
-
-    def __init__(self, config: ChatGLMConfig):
-        super().__init__()
-        self.config = config
-        width = 2 * config.num_layers * config.multi_query_group_num * config.kv_channels
-        self.embedding = nn.Embedding(config.pre_seq_len, width)
-        self.trans = nn.Identity()
-        if config.prefix_projection:
-            self.trans = nn.Sequential(
-                nn.Linear(width, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, width)
-            )
-        self.dropout = nn.Dropout(0.1)
-
-    def forward(self, batch_size: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Key and value [B, g, P, d] of each layer."""
-        rows = torch.arange(self.config.pre_seq_len, device=self.embedding.weight.device)
-        states = self.trans(self.embedding(rows)).to(dtype)  # [P, 2 L g d]
-        states = states.unflatten(-1, (2 * self.config.num_layers, -1, self.config.kv_channels))
-        states = self.dropout(states.expand(batch_size, -1, -1, -1, -1)).permute(2, 0, 3, 1, 4)  # [2L, B, g, P, d]
-        return list(zip(states[::2], states[1::2], strict=True))
-
-
 class ChatGLMPrefixCache(DynamicCache):
     """A past that takes nothing up: a layer that runs again in the backward pass sees the same prefix."""
 
@@ -192,31 +168,12 @@ class ChatGLMPrefixCache(DynamicCache):
         return torch.cat((past.keys, key_states), dim=2), torch.cat((past.values, value_states), dim=2)
 
 
-class ChatGLMPreTrainedModel(GlmPreTrainedModel):
+class ChatGLMPreTrainedModel(PrefixTunedMixin, GlmPreTrainedModel):
     config: ChatGLMConfig
     base_model_prefix = "transformer"
     _no_split_modules = ["ChatGLMDecoderLayer"]
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]  # in every published file, computed here
     _can_record_outputs = {"hidden_states": ChatGLMDecoderLayer, "attentions": ChatGLMAttention}
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_all_but_prefix()
-        return loaded
-
-    def freeze_all_but_prefix(self):
-        """With `pre_seq_len`, nothing of the language model but the prefix encoder is trained."""
-        if self.config.pre_seq_len:
-            for name, parameter in self.base_model.named_parameters():
-                parameter.requires_grad_("prefix_encoder." in name)
-
-    def _init_weights(self, module: nn.Module):
-        prefix = self.base_model.prefix_encoder.modules() if self.config.pre_seq_len else ()
-        if isinstance(module, (nn.Embedding, nn.Linear)) and module in [*prefix]:
-            module.reset_parameters()  # torch's start, fifty times larger than the library's
-        else:
-            super()._init_weights(module)
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel, GlmModel):
@@ -234,7 +191,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, GlmModel):
         )
         self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         if config.pre_seq_len:
-            self.prefix_encoder = ChatGLMPrefixEncoder(config)
+            self.prefix_encoder = PrefixEncoder(config, (config.multi_query_group_num, config.kv_channels))
             for layer in self.layers:
                 layer._can_checkpoint_with_cache = True  # ChatGLMPrefixCache, the only one in training
         self.gradient_checkpointing = False
@@ -297,11 +254,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel, GlmModel):
 
         outputs = super().forward(
             input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
             use_cache=use_cache,
+            past_key_values=past_key_values,
             return_dict=True,
             **kwargs,
         )
@@ -328,7 +285,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, GlmModel):
         return cache
 
 
-class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, GlmForCausalLM):
+class ChatGLMForConditionalGeneration(ChatMixin, CausalLMMixin, ChatGLMPreTrainedModel, GlmForCausalLM):
     """The language model, under the class name of the published code."""
 
     _tied_weights_keys = {}
@@ -345,8 +302,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, GlmForC
     def history_of_pairs(self) -> bool:
         return self.config.generation in SECOND_GENERATION
 
-    @property
-    def fallback_token_id(self) -> int:
+    def fallback_token_id(self, tokenizer) -> int:
         return 198 if self.config.generation == "glm4" else 5
 
     @property
@@ -372,50 +328,6 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, GlmForC
 
     def set_output_embeddings(self, new_embeddings: nn.Linear):
         self.transformer.output_layer = new_embeddings
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        skip_logits: bool | None = None,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """GlmForCausalLM's forward, except that in training a loss comes without logits.
-
-        `skip_logits` decides instead of the mode: False gives the logits [B, S, V] in training too, True leaves them
-        out in evaluation. The loss is that of `causal_lm_loss`; labels are [B, S], -100 where nothing is learnt.
-        """
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "use_cache": use_cache,
-        }
-        if labels is None or "shift_labels" in kwargs:  # the latter from sequence parallelism
-            return super().forward(
-                **inputs, labels=labels, logits_to_keep=logits_to_keep, num_items_in_batch=num_items_in_batch, **kwargs
-            )
-        outputs = self.transformer(**inputs, **kwargs)
-        states = outputs.last_hidden_state  # [B, S, H]
-        skip_logits = self.training if skip_logits is None else skip_logits
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return CausalLMOutputWithPast(
-            loss=causal_lm_loss(states, labels, self.lm_head, num_items_in_batch),
-            logits=None if skip_logits else self.lm_head(states[:, kept]),
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
 
     def adjust_generation_fn(self, *args, **kwargs):
         super().adjust_generation_fn(*args, **kwargs)

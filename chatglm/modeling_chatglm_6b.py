@@ -4,34 +4,29 @@ Shapes: B batch, S tokens, K keys, H hidden size, n heads, d head size, P prefix
 T position streams (2: place in the text and place in the answer, or 1 with position_encoding_2d=false).
 """
 
-import queue
 import re
-import threading
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.glm.modeling_glm import eager_attention_forward
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .chat import ChatMixin
 from .configuration_chatglm_6b import ChatGLM6BConfig
-from .loss import causal_lm_loss
+from .language_model import CausalLMMixin, PrefixEncoder, PrefixTunedMixin
 from .quantization import linear
 
 
 RESIDUAL_SCALE = 56**0.5  # sqrt(2 * 28) at any num_layers: the published blocks never learn the model's depth
-PREFIX_DROPOUT = 0.1
 
 
 def rotary_tables(
@@ -124,40 +119,10 @@ class ChatGLM6BBlock(GradientCheckpointingLayer):
         return RESIDUAL_SCALE * normed + self.mlp(normed)
 
 
-class PrefixEmbedding(nn.Embedding):
-    """Starts as torch makes it, with a deviation of 1, as published; the library's 0.02 is for text."""
-
-
-class PrefixLinear(nn.Linear):
-    """Likewise."""
-
-
-class PrefixEncoder(nn.Module):
-    """P-Tuning v2: learnt keys and values, which every layer sees before those of the text."""
-
-    def __init__(self, config: ChatGLM6BConfig):
-        super().__init__()
-        self.heads = (2 * config.num_layers, config.num_attention_heads, config.head_dim)
-        size, row = config.hidden_size, 2 * config.num_layers * config.hidden_size
-        self.embedding = PrefixEmbedding(config.pre_seq_len, size if config.prefix_projection else row)
-        self.trans = None
-        if config.prefix_projection:
-            self.trans = nn.Sequential(PrefixLinear(size, size), nn.Tanh(), PrefixLinear(size, row))
-        self.dropout = nn.Dropout(PREFIX_DROPOUT)
-
-    def forward(self, batch_size: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of each layer, [B, n, P, d] each."""
-        rows = self.embedding.weight  # [P, 2 L H], or [P, H] before the projection
-        if self.trans is not None:
-            rows = self.trans(rows)
-        rows = self.dropout(rows.to(dtype).expand(batch_size, -1, -1))
-        slots = rows.unflatten(-1, self.heads).permute(2, 0, 3, 1, 4)  # [2 L, B, n, P, d]
-        return list(zip(slots[0::2], slots[1::2], strict=True))
-
-
-class ChatGLM6BPreTrainedModel(PreTrainedModel):
+class ChatGLM6BPreTrainedModel(PrefixTunedMixin, PreTrainedModel):
     config: ChatGLM6BConfig
     base_model_prefix = "transformer"
+    _input_embed_layer = "word_embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ChatGLM6BBlock"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -168,25 +133,6 @@ class ChatGLM6BPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # in every published file, computed here
     _can_record_outputs = {"hidden_states": ChatGLM6BBlock, "attentions": ChatGLM6BAttention}
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        if isinstance(module, (PrefixEmbedding, PrefixLinear)):
-            module.reset_parameters()
-        else:
-            super()._init_weights(module)
-
-    def freeze_base(self):
-        """Leave only the prefix encoder to train, as published; nothing without `pre_seq_len`."""
-        if self.config.pre_seq_len is not None:
-            for name, parameter in self.named_parameters():
-                parameter.requires_grad_("prefix_encoder" in name)
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_base()  # loading makes new parameters
-        return loaded
-
 
 class ChatGLM6BModel(ChatGLM6BPreTrainedModel):
     """The blocks without the output layer; hidden states are [B, S, H]."""
@@ -196,24 +142,21 @@ class ChatGLM6BModel(ChatGLM6BPreTrainedModel):
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(ChatGLM6BBlock(config, index) for index in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        self.prefix_encoder = PrefixEncoder(config) if config.pre_seq_len is not None else None
+        self.prefix_encoder = None
+        if config.pre_seq_len:
+            heads = (config.num_attention_heads, config.head_dim)
+            self.prefix_encoder = PrefixEncoder(config, heads, projected_size=config.hidden_size)
         self.gradient_checkpointing = False
         self.post_init()
-        self.freeze_base()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding):
-        self.word_embeddings = value
+        self.freeze_all_but_prefix()
 
     @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -376,9 +319,17 @@ def grown_mask(hidden: torch.Tensor, length: int) -> torch.Tensor:
     return torch.cat((hidden, torch.where(new, later, last)), dim=2)
 
 
-class ChatGLM6BForConditionalGeneration(ChatGLM6BPreTrainedModel, GenerationMixin):
-    """The language model, its output layer tied to the embeddings."""
+class ChatGLM6BForConditionalGeneration(ChatMixin, CausalLMMixin, ChatGLM6BPreTrainedModel, GenerationMixin):
+    """The language model, its output layer tied to the embeddings.
 
+    `attention_mask` is [B, K], 1 = real token, or the published [B, 1, S, K], True = hidden; `position_ids` are
+    [B, 2, S] ([B, S] with position_encoding_2d=false). What is left out follows from the ids: everything before the
+    first <sop> is seen by all tokens, the rest in order. With `past_key_values`, pass `position_ids` too. Raises
+    ValueError for a row without <sop> or without [gMASK] and [MASK].
+    """
+
+    chat_defaults = {"max_length": 2048, "num_beams": 1, "do_sample": True, "top_p": 0.7, "temperature": 0.95}
+    history_of_pairs = True
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
@@ -387,63 +338,10 @@ class ChatGLM6BForConditionalGeneration(ChatGLM6BPreTrainedModel, GenerationMixi
         self.transformer = ChatGLM6BModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        self.freeze_base()
+        self.freeze_all_but_prefix()
 
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear):
-        self.lm_head = new_embeddings
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        skip_logits: bool | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """Logits [B, S, V] and, with `labels` [B, S], the loss over the positions whose label is not -100.
-
-        `attention_mask` is [B, K], 1 = real token, or the published [B, 1, S, K], True = hidden; `position_ids` are
-        [B, 2, S] ([B, S] with position_encoding_2d=false). What is left out follows from the ids: everything before
-        the first <sop> is seen by all tokens, the rest in order. With `past_key_values`, pass `position_ids` too.
-
-        In training mode with labels only labelled positions get logits and none are returned, unless
-        `skip_logits=False`. Raises ValueError for a row without <sop> or without [gMASK] and [MASK].
-        """
-        outputs = self.transformer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state
-        loss = logits = None
-        if labels is not None:
-            loss = causal_lm_loss(hidden_states, labels, self.lm_head, num_items_in_batch)
-        if skip_logits is None:
-            skip_logits = self.training and labels is not None
-        if not skip_logits:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden_states[:, kept])
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    def fallback_token_id(self, tokenizer) -> int:
+        return tokenizer.convert_tokens_to_ids("▁")  # 5, or 20005 in the first release
 
     # --- generation: a prompt's own mask and positions are kept as given and grow with the text
 
@@ -460,7 +358,7 @@ class ChatGLM6BForConditionalGeneration(ChatGLM6BPreTrainedModel, GenerationMixi
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         prompt_mask: torch.Tensor | None = None,
@@ -497,151 +395,27 @@ class ChatGLM6BForConditionalGeneration(ChatGLM6BPreTrainedModel, GenerationMixi
             attention_mask, (0, past_key_values.get_mask_sizes(1, 0)[0] - attention_mask.shape[1])
         )
 
-    def stream_generate(self, input_ids: torch.LongTensor, **kwargs) -> Iterator[torch.LongTensor]:
+    def stream_generate(self, input_ids: torch.Tensor, **kwargs) -> Iterator[torch.Tensor]:
         """The ids of one row so far, [1, S + 1], [1, S + 2], ..., up to the token before the end token."""
         stop_ids = kwargs.get("eos_token_id", self.generation_config.eos_token_id)
         stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []
-        for token in generated_tokens(self, input_ids, **kwargs):
+        for token in self.generated_ids(input_ids=input_ids, **kwargs):
             if token in stop_ids:
                 return
             input_ids = torch.cat((input_ids, input_ids.new_tensor([[token]])), dim=-1)
             yield input_ids
 
-    # --- chat
+    def stream_chat(self, tokenizer, query: str, history: list[tuple[str, str]] | None = None, **options):
+        """Yields (reply so far, history) token by token, the end token left out."""
+        messages = self.chat_messages(query, history)
+        inputs = self.chat_inputs(tokenizer, messages)
+        length = inputs["input_ids"].shape[1]
+        for ids in self.stream_generate(**inputs, **self.chat_options(tokenizer, options)):
+            yield self.chat_reply(tokenizer, ids[0, length:].tolist(), query, history, messages)
 
-    def chat(
-        self,
-        tokenizer,
-        query: str,
-        history: list[tuple[str, str]] | None = None,
-        max_length: int = 2048,
-        num_beams: int = 1,
-        do_sample: bool = True,
-        top_p: float = 0.7,
-        temperature: float = 0.95,
-        logits_processor: LogitsProcessorList | None = None,
-        **kwargs,
-    ) -> tuple[str, list[tuple[str, str]]]:
-        """The reply to a query and a new history, which ends with both; the one passed in is left alone."""
-        history = list(history or [])
-        input_ids = chat_input_ids(tokenizer, query, history).to(self.device)  # [1, S]
-        output_ids = self.generate(
-            input_ids=input_ids,
-            max_length=max_length,
-            num_beams=num_beams,
-            do_sample=do_sample,
-            top_p=top_p,
-            temperature=temperature,
-            logits_processor=guarded(logits_processor, tokenizer),
-            **kwargs,
-        )
-        response = processed_response(tokenizer.decode(output_ids[0, input_ids.shape[1] :].tolist()))
-        return response, [*history, (query, response)]
-
-    def stream_chat(
-        self,
-        tokenizer,
-        query: str,
-        history: list[tuple[str, str]] | None = None,
-        max_length: int = 2048,
-        do_sample: bool = True,
-        top_p: float = 0.7,
-        temperature: float = 0.95,
-        logits_processor: LogitsProcessorList | None = None,
-        **kwargs,
-    ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-        """`chat` token by token: each time the reply so far and a new history."""
-        history = list(history or [])
-        input_ids = chat_input_ids(tokenizer, query, history).to(self.device)  # [1, S]
-        for ids in self.stream_generate(
-            input_ids,
-            max_length=max_length,
-            do_sample=do_sample,
-            top_p=top_p,
-            temperature=temperature,
-            logits_processor=guarded(logits_processor, tokenizer),
-            **kwargs,
-        ):
-            response = processed_response(tokenizer.decode(ids[0, input_ids.shape[1] :].tolist()))
-            yield response, [*history, (query, response)]
-
-
-class InvalidScores(LogitsProcessor):
-    """Chooses one harmless token where half precision has made NaN or infinity of a score."""
-
-    def __init__(self, token_id: int):
-        self.token_id = token_id
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if torch.isfinite(scores).all():
-            return scores
-        scores = torch.zeros_like(scores)
-        scores[..., self.token_id] = 5e4
-        return scores
-
-
-def guarded(processors: LogitsProcessorList | None, tokenizer) -> LogitsProcessorList:
-    blank = tokenizer.convert_tokens_to_ids("▁")  # 5, or 20005 in the first release
-    return LogitsProcessorList([*(processors or []), InvalidScores(blank)])
-
-
-def chat_input_ids(tokenizer, query: str, history: list[tuple[str, str]]) -> torch.LongTensor:
-    """The published prompt, [1, S]."""
-    messages = []
-    for question, reply in history:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-    messages.append({"role": "user", "content": query})
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
-
-
-def processed_response(text: str) -> str:
-    """A reply as it is shown: full-width punctuation again where a Chinese character is next to it."""
-    text = text.strip().replace("[[训练时间]]", "2023年")
-    for half, full in (",，", "!！", ":：", ";；", "?？"):
-        text = re.sub(rf"(?<=[\u4e00-\u9fff])\{half}|\{half}(?=[\u4e00-\u9fff])", full, text)
-    return text
-
-
-class TokenQueue(BaseStreamer, StoppingCriteria):
-    """Hands tokens from a generating thread to a reading one, and stops the former when `abandoned` is set."""
-
-    def __init__(self):
-        self.items: queue.Queue = queue.Queue()
-        self.abandoned = threading.Event()
-        self.prompt_seen = False
-
-    def put(self, value: torch.Tensor):
-        if self.prompt_seen:
-            self.items.put(value.item())
-        self.prompt_seen = True
-
-    def end(self):
-        pass  # the thread says so itself, after errors too
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        return torch.full((len(input_ids),), self.abandoned.is_set(), device=input_ids.device)
-
-
-def generated_tokens(model, input_ids: torch.LongTensor, **kwargs) -> Iterator[int]:
-    """The tokens that `generate` appends to one row, as soon as each is known."""
-    tokens = TokenQueue()
-
-    def run():
-        try:
-            model.generate(
-                input_ids=input_ids, streamer=tokens, stopping_criteria=StoppingCriteriaList([tokens]), **kwargs
-            )
-            tokens.items.put(None)
-        except Exception as error:
-            tokens.items.put(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        while (item := tokens.items.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            yield item
-    finally:
-        tokens.abandoned.set()
-        thread.join()
+    def process_response(self, output: str, history: list[dict]) -> tuple[str, list[dict]]:
+        """A reply as it is shown: full-width punctuation again where a Chinese character is next to it."""
+        text, history = super().process_response(output, history)
+        for half, full in (",，", "!！", ":：", ";；", "?？"):
+            text = re.sub(rf"(?<=[\u4e00-\u9fff])\{half}|\{half}(?=[\u4e00-\u9fff])", full, text)
+        return text, history

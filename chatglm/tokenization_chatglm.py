@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 from .configuration_chatglm import SECOND_GENERATION, generation_of
 from .tokenization_chatglm_6b import VOCAB_FILES_NAMES as FIRST_VOCAB_FILES_NAMES
 from .tokenization_chatglm_6b import ChatGLM6BTokenizer
-from .tokenization_parts import ROLE_TOKENS, Part, PartsTokenizer, config_beside, is_trained
+from .tokenization_parts import ROLE_TOKENS, Part, PartsTokenizer, config_beside, is_trained, new_tokens, turns_of
 
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -131,17 +131,10 @@ def role_parts(messages: list[dict], tools: list | None, cue: bool, roles: dict[
 
 def round_parts(messages: list[dict], cue: bool) -> Iterator[Part]:
     """ChatGLM2: all rounds up to the last 答： as one text, then the final reply."""
-    first = int(messages[0]["role"] == "system")
-    text = messages[0]["content"] + "\n\n" if first else ""
-    messages = messages[first:]
+    text = messages[0]["content"] + "\n\n" if messages[0]["role"] == "system" else ""
+    messages = turns_of(messages, "ChatGLM2")
     for index, message in enumerate(messages):
         last = index == len(messages) - 1
-        expected = ("user", "assistant")[index % 2]
-        if message["role"] != expected:
-            raise ValueError(
-                f"Message {first + index + 1} has role {message['role']!r} where ChatGLM2 needs {expected!r}: "
-                "its prompt is made of rounds, a question and a reply in turn."
-            )
         if message["role"] == "user":
             text += f"[Round {index // 2 + 1}]\n\n问：{message['content']}" + ("" if last and not cue else "\n\n答：")
         elif not last:
@@ -189,9 +182,7 @@ class ChatGLMTokenizer(PartsTokenizer):
         self.encode_special_tokens = encode_special_tokens
         self._tokenizer = self._backend(vocab_file, tokenizer_file)
 
-        known = self._tokenizer.get_vocab()
-        added = kwargs.pop("added_tokens_decoder", {})
-        kwargs["added_tokens_decoder"] = {index: token for index, token in added.items() if str(token) not in known}
+        kwargs["added_tokens_decoder"] = new_tokens(kwargs.get("added_tokens_decoder", {}), self._tokenizer)
         kwargs.pop("split_special_tokens", None)
         for name, token in (("unk_token", "<unk>"), ("pad_token", "<unk>"), ("eos_token", "</s>")):
             kwargs.setdefault(name, token)

@@ -1,21 +1,17 @@
 """Tokenizer of the first ChatGLM-6B, with its published prompt as chat template."""
 
-import json
 import os
 import re
 import shutil
 from collections import defaultdict
-from typing import Any
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import Unigram
-from transformers import TokenizersBackend
-from transformers.tokenization_utils_base import BatchEncoding
 from transformers.utils import PaddingStrategy
 
-from .tokenization_parts import Part, is_trained
+from .tokenization_parts import Part, PartsTokenizer, config_beside, is_trained, new_tokens, turns_of
 
 
 VOCAB_FILES_NAMES = {"vocab_file": "ice_text.model", "tokenizer_file": "tokenizer.json"}
@@ -111,13 +107,10 @@ def backend_from_sentencepiece(vocab_file: str, num_image_tokens: int) -> Tokeni
 
 def image_tokens_beside(vocab_file: str) -> int:
     """How many ids come before the vocabulary, by the config.json beside it; the published default without one."""
-    path = os.path.join(os.path.dirname(vocab_file), "config.json")
-    if not os.path.isfile(path):
+    bos_token_id = config_beside(vocab_file).get("bos_token_id")
+    if bos_token_id is None:
         return PUBLISHED_IMAGE_TOKENS
-    with open(path, encoding="utf-8") as file:
-        bos_token_id = json.load(file).get("bos_token_id")
-    sop = SentencePieceProcessor(model_file=vocab_file).piece_to_id(SPECIAL["bos"])
-    return PUBLISHED_IMAGE_TOKENS if bos_token_id is None else max(0, bos_token_id - sop)
+    return max(0, bos_token_id - SentencePieceProcessor(model_file=vocab_file).piece_to_id(SPECIAL["bos"]))
 
 
 def rounds_of(questions: list[str], replies: list[str], cue: bool) -> str:
@@ -131,7 +124,7 @@ def rounds_of(questions: list[str], replies: list[str], cue: bool) -> str:
     return text + f"[Round {len(questions) - 1}]\n问：{questions[-1]}" + ("\n答：" if cue else "")
 
 
-class ChatGLM6BTokenizer(TokenizersBackend):
+class ChatGLM6BTokenizer(PartsTokenizer):
     """Fast tokenizer over the published ice_text.model: ids + [gMASK, <sop>], pairs a + [gMASK, <sop>] + b + [<eop>].
 
     As published, a call without padding returns input_ids alone, and one with padding also attention_mask
@@ -145,8 +138,11 @@ class ChatGLM6BTokenizer(TokenizersBackend):
     """
 
     vocab_files_names = VOCAB_FILES_NAMES
-    model_input_names = ["input_ids", "attention_mask", "position_ids"]
-    padding_side = "left"
+    counts_positions = False
+    generation = "ChatGLM-6B"
+    roles = {}
+    suffix = SUFFIX
+    end_of_pair = SPECIAL["eos"]
 
     def __init__(
         self,
@@ -167,9 +163,7 @@ class ChatGLM6BTokenizer(TokenizersBackend):
             self._tokenizer = backend_from_sentencepiece(vocab_file, num_image_tokens)
         self.gmask_token, self.end_token = str(gmask_token), str(end_token)
 
-        known = self._tokenizer.get_vocab()
-        added = kwargs.pop("added_tokens_decoder", {})
-        kwargs["added_tokens_decoder"] = {index: token for index, token in added.items() if str(token) not in known}
+        kwargs["added_tokens_decoder"] = new_tokens(kwargs.get("added_tokens_decoder", {}), self._tokenizer)
         kwargs.pop("model_specific_special_tokens", None)  # the library would look for these in texts
         for name, token in SPECIAL.items():
             kwargs.setdefault(f"{name}_token", token)
@@ -177,18 +171,6 @@ class ChatGLM6BTokenizer(TokenizersBackend):
         kwargs.setdefault("clean_up_tokenization_spaces", True)
         super().__init__(vocab_file=vocab_file, num_image_tokens=num_image_tokens, **kwargs)
         self.init_kwargs.update(gmask_token=self.gmask_token, end_token=self.end_token)
-
-    @classmethod
-    def convert_to_native_format(cls, **kwargs) -> dict[str, Any]:
-        return kwargs  # __init__ reads the files itself
-
-    def update_post_processor(self):
-        suffix = " ".join(f"{token}:0" for token in SUFFIX)
-        self._tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"$A:0 {suffix}",
-            pair=f"$A:0 {suffix} $B:0 <eop>:0",
-            special_tokens=[(token, self._tokenizer.token_to_id(token)) for token in [*SUFFIX, "<eop>"]],
-        )
 
     def _add_tokens(self, new_tokens: list[str | AddedToken], special_tokens: bool = False) -> int:
         # Looked for in the text as written: normalising would put the leading blank before each of them.
@@ -206,11 +188,6 @@ class ChatGLM6BTokenizer(TokenizersBackend):
     @property
     def end_token_id(self) -> int:
         return self.convert_tokens_to_ids(self.end_token)
-
-    @property
-    def stop_token_ids(self) -> list[int]:
-        """Ids that end a reply: <eop>."""
-        return [self.eos_token_id]
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs) -> list[str]:
         # The backend's own would show special tokens with the blanks that they took along.
@@ -253,11 +230,10 @@ class ChatGLM6BTokenizer(TokenizersBackend):
     def _pad(
         self,
         encoded_inputs,
-        max_length: int | None = None,
         padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str | None = None,
         return_attention_mask: bool | None = None,
+        padding_side: str | None = None,
+        **options,
     ) -> dict:
         encoded = dict(encoded_inputs)
         mask, length = encoded.get("attention_mask"), len(encoded["input_ids"])
@@ -270,15 +246,17 @@ class ChatGLM6BTokenizer(TokenizersBackend):
                 )
             mask, positions = np.array(encoded.pop("attention_mask")), np.array(encoded.pop("position_ids"))
         encoded = super()._pad(
-            encoded, max_length, padding_strategy, pad_to_multiple_of, padding_side, return_attention_mask=ordinary
+            encoded,
+            padding_side=padding_side,
+            padding_strategy=padding_strategy,
+            return_attention_mask=ordinary,
+            **options,
         )
-        added = len(encoded["input_ids"]) - length
-        margin = (added, 0) if (padding_side or self.padding_side) == "left" else (0, added)
         if published:
+            added = len(encoded["input_ids"]) - length
+            margin = (added, 0) if (padding_side or self.padding_side) == "left" else (0, added)
             encoded["attention_mask"] = np.pad(mask, ((0, 0), margin, margin), constant_values=True).tolist()
             encoded["position_ids"] = np.pad(positions, ((0, 0), margin)).tolist()
-        if "assistant_masks" in encoded:
-            encoded["assistant_masks"] = np.pad(encoded["assistant_masks"], margin).tolist()
         return encoded
 
     # --- decoding and saving
@@ -308,7 +286,7 @@ class ChatGLM6BTokenizer(TokenizersBackend):
         return [self._tokenizer.token_to_id(name) for name in [*names, "<ENC>", "<dBLOCK>"]]
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Copies ice_text.model, where the tokenizer was made from it."""
+        """Copies ice_text.model, whose name the library does not know, where the tokenizer was made from it."""
         if not self.can_save_slow_tokenizer:
             return ()
         name = VOCAB_FILES_NAMES["vocab_file"]
@@ -317,130 +295,23 @@ class ChatGLM6BTokenizer(TokenizersBackend):
             shutil.copyfile(self.vocab_file, path)
         return (path,)
 
-    def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
-        files = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
-        return files + self.save_vocabulary(save_directory, filename_prefix)
-
     # --- chat
 
-    def apply_chat_template(
-        self,
-        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
-        tools: list | None = None,
-        documents: list[dict] | None = None,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
-        tokenize: bool = True,
-        padding: bool | str = False,
-        truncation: bool = False,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
-        return_dict: bool = True,
-        return_assistant_tokens_mask: bool = False,
-        tokenizer_kwargs: dict[str, Any] | None = None,
-        **kwargs,
-    ):
-        """The published prompt of one conversation or a batch of them, and the final reply where there is one.
+    def _own_prompt(self, template: str) -> bool:
+        return template == CHAT_TEMPLATE
 
-        Messages are dicts of `role` (user and assistant in turn, after a system message at most) and `content`. All
-        but the final reply is the prompt, which [gMASK] and <sop> close. No end token is appended. `attention_mask`
-        is the ordinary one, [B, S]. With `return_assistant_tokens_mask`, `assistant_masks` marks the final reply,
-        unless its own `loss` key is false; earlier replies are read, not learnt. Raises ValueError for other roles.
-        """
-        tokenizer_kwargs = tokenizer_kwargs or {}
-        if (chat_template or self.chat_template) != CHAT_TEMPLATE:
-            return super().apply_chat_template(
-                conversation,
-                tools=tools,
-                documents=documents,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=tokenize,
-                padding=padding,
-                truncation=truncation,
-                max_length=max_length,
-                return_tensors=return_tensors,
-                return_dict=return_dict,
-                return_assistant_tokens_mask=return_assistant_tokens_mask,
-                tokenizer_kwargs=tokenizer_kwargs,
-                **kwargs,
-            )
-        if continue_final_message and add_generation_prompt:
-            raise ValueError(
-                "Choose one of continue_final_message and add_generation_prompt: the reply is open or new."
-            )
+    def _parts(self, messages: list[dict], tools: list, cue: bool, template: str) -> list[Part]:
+        """The prompt, which [gMASK] and <sop> close, and the final reply where there is one."""
         if tools:
             raise ValueError("ChatGLM-6B has no prompt for tools; leave them out or use ChatGLM3.")
-
-        batched = len(conversation) > 0 and not isinstance(conversation[0], dict)
-        conversations = conversation if batched else [conversation]
-        prompts = [self._prompt(messages, add_generation_prompt) for messages in conversations]
-        if not tokenize:
-            texts = ["".join(part.text for part in parts) for parts in prompts]
-            return texts if batched else texts[0]
-
-        columns = self._encode_prompts(prompts)
-        if not return_assistant_tokens_mask:
-            del columns["assistant_masks"]
-        if truncation:
-            limit = max_length or self.model_max_length
-            kept = slice(-limit, None) if self.truncation_side == "left" else slice(limit)
-            columns = {name: [row[kept] for row in rows] for name, rows in columns.items()}
-        encoding = self.pad(
-            columns, padding=padding, max_length=max_length, return_tensors=return_tensors, **tokenizer_kwargs
-        )
-        if not batched and return_tensors is None:
-            encoding = BatchEncoding({name: rows[0] for name, rows in encoding.items()})
-        return encoding if return_dict else encoding["input_ids"]
-
-    def _prompt(self, messages: list[dict], cue: bool) -> list[Part]:
-        if not messages:
-            raise ValueError("A conversation needs at least one message.")
-        messages = [{**message, "content": message.get("content") or ""} for message in messages]
-        for message in messages:
-            if message.get("role") not in ("system", "user", "assistant"):
-                raise ValueError(f"Unknown role {message.get('role')!r}: ChatGLM-6B knows system, user, assistant.")
-            if not isinstance(message["content"], str):
-                raise ValueError(
-                    f"The content of a {message['role']} message must be text, got {message['content']!r}."
-                )
-        first = int(messages[0]["role"] == "system")
-        for index, message in enumerate(messages[first:]):
-            expected = ("user", "assistant")[index % 2]
-            if message["role"] != expected:
-                raise ValueError(
-                    f"Message {first + index + 1} has role {message['role']!r} where ChatGLM-6B needs {expected!r}: "
-                    "its prompt is made of rounds, a question and a reply in turn."
-                )
-        if len(messages) == first:
+        turns = turns_of(messages, self.generation)
+        if not turns:
             raise ValueError("A conversation needs at least one user message.")
-
-        contents = [message["content"] for message in messages[first:]]
+        contents = [message["content"] for message in turns]
         questions, replies = contents[0::2], contents[1::2]
         answered = len(questions) == len(replies)
         text = rounds_of(questions, replies[: len(questions) - 1], cue or answered)
-        parts = [Part(messages[0]["content"] + "\n" + text if first else text)]
-        parts += [Part(token, special=True) for token in SUFFIX]
-        return [*parts, Part(replies[-1], trained=is_trained(messages[-1]))] if answered else parts
-
-    def _encode_prompts(self, prompts: list[list[Part]]) -> dict[str, list[list[int]]]:
-        """Ids, ordinary masks and training masks of all prompts, with all their texts in one call of the backend."""
-        backend = self._tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True  # that is, as text
-        texts = [part.text for parts in prompts for part in parts if not part.special]
-        encodings = iter(backend.encode_batch_fast(texts, add_special_tokens=False))
-        columns = {"input_ids": [], "attention_mask": [], "assistant_masks": []}
-        for parts in prompts:
-            ids, trained = [], []
-            for part in parts:
-                part_ids = [backend.token_to_id(part.text)] if part.special else next(encodings).ids
-                ids += part_ids
-                trained += [int(part.trained)] * len(part_ids)
-            columns["input_ids"].append(ids)
-            columns["attention_mask"].append([1] * len(ids))
-            columns["assistant_masks"].append(trained)
-        return columns
+        if len(turns) < len(messages):
+            text = messages[0]["content"] + "\n" + text
+        reply = [Part(replies[-1], trained=is_trained(messages[-1]))] if answered else []
+        return [Part(text), *(Part(token, special=True) for token in self.suffix), *reply]

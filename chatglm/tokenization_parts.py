@@ -1,11 +1,11 @@
-"""What the tokenizers of ChatGLM2 to GLM-4 share: prompts encoded part by part, masks, positions, padding."""
+"""What the tokenizers of ChatGLM-6B to GLM-4 share: prompts encoded part by part, masks, positions, padding."""
 
 import json
 import os
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from tokenizers import processors
+from tokenizers import Tokenizer, processors
 from transformers import TokenizersBackend
 from transformers.tokenization_utils_base import BatchEncoding
 from transformers.utils.chat_template_utils import get_json_schema
@@ -39,6 +39,25 @@ def position_ids_of(attention_mask: list[int]) -> list[int]:
     return [real * (seen - 1) for real, seen in zip(attention_mask, accumulate(attention_mask), strict=True)]
 
 
+def new_tokens(added_tokens: dict[int, Any], backend: Tokenizer) -> dict[int, Any]:
+    """The saved tokens that the backend does not have yet."""
+    known = backend.get_vocab()
+    return {index: token for index, token in added_tokens.items() if str(token) not in known}
+
+
+def turns_of(messages: list[dict[str, Any]], model_name: str) -> list[dict[str, Any]]:
+    """The messages after a system message at most; ValueError unless question and reply take turns in them."""
+    first = int(messages[0]["role"] == "system")
+    for index, message in enumerate(messages[first:]):
+        expected = ("user", "assistant")[index % 2]
+        if message["role"] != expected:
+            raise ValueError(
+                f"Message {first + index + 1} has role {message['role']!r} where {model_name} needs {expected!r}: "
+                "its prompt is made of rounds, a question and a reply in turn."
+            )
+    return messages[first:]
+
+
 def is_trained(message: dict[str, Any]) -> bool:
     """Whether a reply is learnt: assistant messages are, unless their own `loss` key says otherwise."""
     loss = message.get("loss")
@@ -48,13 +67,16 @@ def is_trained(message: dict[str, Any]) -> bool:
 class PartsTokenizer(TokenizersBackend):
     """A fast tokenizer whose chat prompts are lists of `Part`, which subclasses make in `_parts`.
 
-    Special tokens written out in a message stay text. The training mask is decided where a part is made.
+    Special tokens written out in a message stay text. The training mask is decided where a part is made. Where
+    `counts_positions`, rows have `position_ids` 0, 1, 2, ...
     """
 
     vocab_files_names = VOCAB_FILES_NAMES
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     padding_side = "left"
-    prefix: list[str]  # opens every sequence
+    counts_positions = True
+    prefix: list[str] = []  # opens every sequence
+    suffix: list[str] = []  # closes every prompt
     end_of_pair: str
     generation: str
     roles: dict[str, str]  # role tokens by role; none where the prompt is made of rounds
@@ -64,11 +86,12 @@ class PartsTokenizer(TokenizersBackend):
         return kwargs  # __init__ reads the files itself
 
     def update_post_processor(self):
-        prefix = " ".join(f"{token}:0" for token in self.prefix)
+        single = [*self.prefix, "$A:0", *self.suffix]
+        added = [*self.prefix, *self.suffix, self.end_of_pair]
         self._tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{prefix} $A:0",
-            pair=f"{prefix} $A:0 $B:0 {self.end_of_pair}:0",
-            special_tokens=[(token, self._tokenizer.token_to_id(token)) for token in [*self.prefix, self.end_of_pair]],
+            single=single,
+            pair=[*single, "$B:0", self.end_of_pair],
+            special_tokens=[(token, self._tokenizer.token_to_id(token)) for token in added],
         )
 
     @property
@@ -92,7 +115,7 @@ class PartsTokenizer(TokenizersBackend):
         raise NotImplementedError
 
     def _parts(self, messages: list[dict], tools: list, cue: bool, template: str) -> list[Part]:
-        """The parts of a prompt after the prefix; with `cue` it asks for a reply."""
+        """The parts of a prompt after the prefix, a suffix among them; with `cue` it asks for a reply."""
         raise NotImplementedError
 
     def _text_of(self, parts: list[Part]) -> str:
@@ -101,17 +124,20 @@ class PartsTokenizer(TokenizersBackend):
 
     def _convert_encoding(self, encoding, *args, **kwargs):
         columns, encodings = super()._convert_encoding(encoding, *args, **kwargs)
-        if "position_ids" in self.model_input_names:
+        if self.counts_positions and "position_ids" in self.model_input_names:
             columns["position_ids"] = [position_ids_of(each.attention_mask) for each in encodings]
         return columns, encodings
 
     def _pad(self, encoded_inputs, *args, padding_side: str | None = None, **kwargs):
         real = len(encoded_inputs["input_ids"])
-        if "position_ids" in self.model_input_names and "position_ids" not in encoded_inputs:
-            encoded_inputs["position_ids"] = position_ids_of(encoded_inputs.get("attention_mask", [1] * real))
+        own_columns = {"assistant_masks"}
+        if self.counts_positions:
+            own_columns.add("position_ids")
+            if "position_ids" in self.model_input_names and "position_ids" not in encoded_inputs:
+                encoded_inputs["position_ids"] = position_ids_of(encoded_inputs.get("attention_mask", [1] * real))
         encoded = super()._pad(encoded_inputs, *args, padding_side=padding_side, **kwargs)
         zeros = [0] * (len(encoded["input_ids"]) - real)
-        for column in {"position_ids", "assistant_masks"} & set(encoded):
+        for column in own_columns & set(encoded):
             left = (padding_side or self.padding_side) == "left"
             encoded[column] = zeros + encoded[column] if left else encoded[column] + zeros
         return encoded
@@ -142,8 +168,8 @@ class PartsTokenizer(TokenizersBackend):
 
         Messages are dicts of `role` and `content`, and from ChatGLM3 on also `metadata`, and `tools` in the system
         message. No end token is appended. With `return_assistant_tokens_mask`, `assistant_masks` marks what a model
-        should learn: each assistant message and the role token after it, with ChatGLM2 the final reply; a message's
-        own `loss` key (true or false) takes precedence. Raises ValueError for an unknown role.
+        should learn: each assistant message and the role token after it, with ChatGLM-6B and ChatGLM2 the final
+        reply; a message's own `loss` key (true or false) takes precedence. Raises ValueError for an unknown role.
         """
         tokenizer_kwargs = tokenizer_kwargs or {}
         template = chat_template or self.chat_template
@@ -185,7 +211,8 @@ class PartsTokenizer(TokenizersBackend):
             kept = slice(-limit, None) if self.truncation_side == "left" else slice(limit)
             columns = {name: [row[kept] for row in rows] for name, rows in columns.items()}
         columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]
-        columns["position_ids"] = [list(range(len(ids))) for ids in columns["input_ids"]]
+        if self.counts_positions:
+            columns["position_ids"] = [list(range(len(ids))) for ids in columns["input_ids"]]
         encoding = BatchEncoding(columns)
         if padding or return_tensors or tokenizer_kwargs:
             encoding = self.pad(

@@ -1,14 +1,16 @@
+import copy
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from goldens_io import GOLDENS, recorded_texts
+from transformers import AutoTokenizer
 
 
 torch.set_num_threads(2)
 
-GOLDENS = Path(__file__).parent / "goldens"
 GENERATIONS = {"v2": "chatglm2", "v3": "chatglm3", "glm4": "glm4"}
 TOKENIZERS = {"v2": "ChatGLMTokenizer", "v3": "ChatGLMTokenizer", "glm4": "ChatGLM4Tokenizer"}
 VOCABULARIES = {"v2": "v2_tok.model", "v3": "v2_tok.model", "glm4": "glm4_tok.model"}
@@ -76,7 +78,33 @@ def v1_folder(tmp_path_factory) -> Path:
         "AutoModelForSeq2SeqLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
     }
     (folder / "config.json").write_text(json.dumps(config))
-    recorded = json.loads((GOLDENS / "tokenizer" / "tok_v1.json").read_text())
+    recorded = recorded_texts("tok_v1")
     auto_map = {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
     (folder / "tokenizer_config.json").write_text(json.dumps({**recorded["tokenizer_config"], "auto_map": auto_map}))
     return folder
+
+
+# --- for modules that have a fixture `sdpa`, a model, or `published`, a tokenizer
+
+
+@pytest.fixture
+def fresh(sdpa):
+    """A copy that a test may change."""
+    return copy.deepcopy(sdpa)
+
+
+@pytest.fixture(scope="module")
+def saved_folder(published, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved")
+    published.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def saved(saved_folder):
+    return AutoTokenizer.from_pretrained(saved_folder)
+
+
+@pytest.fixture(params=["published", "saved"])
+def tokenizer(request):
+    return request.getfixturevalue(request.param)

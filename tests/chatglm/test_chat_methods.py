@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from goldens_io import recorded_texts
 from transformers import AutoTokenizer
 
 from chatglm import ChatGLMForConditionalGeneration
@@ -15,8 +16,8 @@ GREEDY = {"do_sample": False, "top_p": None, "temperature": None}
 
 
 @pytest.fixture(scope="module")
-def recorded(goldens, version):
-    return json.loads((goldens / "tokenizer" / f"{FILES[version]}.json").read_text())["chat"]
+def recorded(version):
+    return recorded_texts(FILES[version])["chat"]
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +64,10 @@ def test_chat_gives_the_recorded_inputs_and_answers(model, tokenizer, recorded, 
             assert new_history == [*history, (chat["query"], response)]
 
 
-def test_chat_of_glm4_gives_the_recorded_prompts(glm4_folder, goldens, monkeypatch):
+def test_chat_of_glm4_gives_the_recorded_prompts(glm4_folder, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(glm4_folder)
     model = ChatGLMForConditionalGeneration.from_pretrained(glm4_folder)
-    recorded = json.loads((goldens / "tokenizer" / "tok_glm4.json").read_text())["chat"]
+    recorded = recorded_texts("tok_glm4")["chat"]
     for chat in (chat for chat in recorded if chat.get("add_generation_prompt")):
         prompt = chat["result"]["input_ids"]
         reply = [10, *tokenizer.encode("晴", add_special_tokens=False), 907]
@@ -141,10 +142,10 @@ def test_stream_goes_on_from_its_cache(model, tokenizer):
     assert longer[: len(history)] == history
 
 
-def test_continued_prompt_of_chatglm2_equals_the_original(v2_folder, goldens):
+def test_continued_prompt_of_chatglm2_equals_the_original(v2_folder):
     tokenizer = AutoTokenizer.from_pretrained(v2_folder)
     model = ChatGLMForConditionalGeneration.from_pretrained(v2_folder)
-    chats = json.loads((goldens / "tokenizer" / "tok_v2.json").read_text())["chat"]
+    chats = recorded_texts("tok_v2")["chat"]
     for chat in chats:
         if "stream_continue_input" in chat:
             messages = model.chat_messages("next question", chat["history"])

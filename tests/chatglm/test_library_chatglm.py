@@ -1,11 +1,11 @@
 """What the library expects of its own models."""
 
 import copy
-import json
 import shutil
 
 import pytest
 import torch
+from goldens_io import recorded_run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, StaticCache
 
@@ -16,9 +16,8 @@ OPTIONS = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
 
 
 @pytest.fixture(scope="module")
-def recorded(goldens, version):
-    path = goldens / "model" / f"{version}_s0"
-    return load_file(path / "goldens.safetensors"), json.loads((path / "goldens.json").read_text())
+def recorded(version):
+    return recorded_run(version)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from goldens_io import named, recorded_run
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
@@ -26,10 +27,8 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def recorded(goldens, version):
-    """(tensors, notes) of the original code's runs."""
-    path = goldens / "model" / f"{version}_s0"
-    return load_file(path / "goldens.safetensors"), json.loads((path / "goldens.json").read_text())
+def recorded(version):
+    return recorded_run(version)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +47,6 @@ def model(request, version):
 
 
 @pytest.fixture
-def fresh(sdpa):
-    """A copy that a test may change."""
-    return copy.deepcopy(sdpa)
-
-
-@pytest.fixture
 def batch(recorded):
     tensors, _ = recorded
     return {name: tensors[f"train_leftpad.{name}"] for name in ("input_ids", "attention_mask", "labels")}
@@ -63,10 +56,6 @@ def tiny_config(**changes) -> ChatGLMConfig:
     sizes = {"padded_vocab_size": 64, "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "kv_channels": 8}
     groups = {"num_attention_heads": 4, "multi_query_attention": True, "multi_query_group_num": 2, "seq_length": 128}
     return ChatGLMConfig(**{**sizes, **groups, "add_qkv_bias": True, **changes})
-
-
-def named(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 # --- the original's numbers

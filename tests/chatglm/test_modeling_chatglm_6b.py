@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from goldens_io import named, recorded_run, recorded_texts
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -38,12 +39,11 @@ BOS, EOS, MASK, GMASK, PAD = 172, 173, 168, 169, 3  # of the goldens
 
 
 @pytest.fixture(scope="module")
-def recorded(goldens):
-    """(tensors, notes) of the original code's runs; masks as bool, True = hidden."""
-    path = goldens / "model" / "v1_s0"
-    tensors = load_file(path / "goldens.safetensors")
+def recorded():
+    """Masks as bool, True = hidden."""
+    tensors, notes = recorded_run("v1")
     tensors = {name: tensor.bool() if name.endswith("attention_mask") else tensor for name, tensor in tensors.items()}
-    return tensors, json.loads((path / "goldens.json").read_text())
+    return tensors, notes
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +59,6 @@ def sdpa(v1_folder):
 @pytest.fixture(params=["eager", "sdpa"])
 def model(request):
     return request.getfixturevalue(request.param)
-
-
-@pytest.fixture
-def fresh(sdpa):
-    """A copy that a test may change."""
-    return copy.deepcopy(sdpa)
 
 
 @pytest.fixture
@@ -95,10 +89,6 @@ def tiny_ids(filled: int = 63) -> torch.Tensor:
     ids = torch.randint(4, 60, (2, 12))
     ids[:, 5], ids[:, 6] = filled, 60
     return ids
-
-
-def named(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def given(recorded, case: str) -> dict[str, torch.Tensor]:
@@ -551,6 +541,7 @@ def test_adapters_train_generate_and_reload(fresh, sdpa, batch, tmp_path, config
 @pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_prefix_encoder_alone_trains_and_is_saved(v1_folder, batch, tmp_path, projection, checkpointing):
+    torch.manual_seed(0)
     options = {"pre_seq_len": 4, "prefix_projection": projection}
     config = AutoConfig.from_pretrained(v1_folder, **options)
     model, report = AutoModel.from_pretrained(v1_folder, config=config, output_loading_info=True)
@@ -645,9 +636,9 @@ def talker(v1_folder, goldens):
     return ChatGLM6BForConditionalGeneration(config).eval(), tokenizer
 
 
-def test_chat_sends_the_published_prompt_and_repairs_the_reply(talker, goldens, monkeypatch):
+def test_chat_sends_the_published_prompt_and_repairs_the_reply(talker, monkeypatch):
     model, tokenizer = talker
-    for golden in json.loads((goldens / "tokenizer" / "tok_v1.json").read_text())["chat"]:
+    for golden in recorded_texts("tok_v1")["chat"]:
         history = [tuple(turn) for turn in golden["history"]]
         before = list(history)
 

@@ -3,6 +3,7 @@ import pickle
 import random
 
 import pytest
+from goldens_io import as_lists, recorded_texts
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -31,30 +32,18 @@ def folder(request, version):
 
 
 @pytest.fixture(scope="module")
-def recorded(goldens, version):
-    return json.loads((goldens / "tokenizer" / f"tok_{version}.json").read_text())
+def recorded(version):
+    return recorded_texts(f"tok_{version}")
 
 
 @pytest.fixture(scope="module")
-def training_rows(goldens):
-    return json.loads((goldens / "tokenizer" / "train_format.json").read_text())
+def training_rows():
+    return recorded_texts("train_format")
 
 
 @pytest.fixture(scope="module")
 def published(folder):
     return AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def saved_folder(published, tmp_path_factory):
-    path = tmp_path_factory.mktemp("saved")
-    published.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def saved(saved_folder):
-    return AutoTokenizer.from_pretrained(saved_folder)
 
 
 @pytest.fixture(params=["published", "saved"])
@@ -91,10 +80,6 @@ def messages_of(chat: dict) -> list[dict]:
 
 def prompts_of(recorded: dict) -> list[tuple[list[dict], dict]]:
     return [(messages_of(chat), chat["input"]) for chat in recorded["chat"] if "input" in chat]
-
-
-def as_lists(encoding) -> dict:
-    return {name: rows.tolist() if hasattr(rows, "tolist") else rows for name, rows in encoding.items()}
 
 
 # --- the original's ids
@@ -136,8 +121,8 @@ def test_chat_prompts_equal_the_original(tokenizer, recorded):
         assert as_lists(encoding) == expected
 
 
-def test_single_messages_equal_the_original(v3, goldens):
-    recorded = json.loads((goldens / "tokenizer" / "tok_v3.json").read_text())
+def test_single_messages_equal_the_original(v3):
+    recorded = recorded_texts("tok_v3")
     for chat in recorded["chat"]:
         if "single_message" in chat:
             role, metadata, content = chat["single_message"]
@@ -145,8 +130,8 @@ def test_single_messages_equal_the_original(v3, goldens):
             assert v3.apply_chat_template([message])["input_ids"][2:] == chat["ids"]
 
 
-def test_encode_special_tokens_finds_the_roles_as_in_the_original(v3_folder, goldens, tmp_path):
-    recorded = json.loads((goldens / "tokenizer" / "tok_v3.json").read_text())
+def test_encode_special_tokens_finds_the_roles_as_in_the_original(v3_folder, tmp_path):
+    recorded = recorded_texts("tok_v3")
     tokenizer = AutoTokenizer.from_pretrained(v3_folder, encode_special_tokens=True)
     tokenizer.save_pretrained(tmp_path)
     for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):

@@ -4,6 +4,7 @@ import pickle
 import random
 
 import pytest
+from goldens_io import recorded_texts
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from chatglm import ChatGLM4Tokenizer
@@ -28,25 +29,13 @@ def published(glm4_folder):
 
 
 @pytest.fixture(scope="module")
-def saved_folder(published, tmp_path_factory):
-    path = tmp_path_factory.mktemp("saved")
-    published.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def saved(saved_folder):
     return AutoTokenizer.from_pretrained(saved_folder, trust_remote_code=True)
 
 
-@pytest.fixture(params=["published", "saved"])
-def tokenizer(request):
-    return request.getfixturevalue(request.param)
-
-
 @pytest.fixture(scope="module", params=["tok_glm4", "tok_glm4-1m"])
-def recorded(request, goldens):
-    return json.loads((goldens / "tokenizer" / f"{request.param}.json").read_text())
+def recorded(request):
+    return recorded_texts(request.param)
 
 
 def copied_tokenizer(folder, target, **changes):

@@ -3,6 +3,7 @@ import pickle
 import random
 
 import pytest
+from goldens_io import as_lists, recorded_texts
 from jinja2.exceptions import TemplateError
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoConfig, AutoTokenizer, DataCollatorWithPadding
@@ -20,30 +21,13 @@ SPECIAL_TEXTS = ["[gMASK]", "a [MASK] b", "<sop>", "x<eop>", "</s>", "<unk>", "<
 
 
 @pytest.fixture(scope="module")
-def recorded(goldens):
-    return json.loads((goldens / "tokenizer" / "tok_v1.json").read_text())
+def recorded():
+    return recorded_texts("tok_v1")
 
 
 @pytest.fixture(scope="module")
 def published(v1_folder):
     return AutoTokenizer.from_pretrained(v1_folder)
-
-
-@pytest.fixture(scope="module")
-def saved_folder(published, tmp_path_factory):
-    path = tmp_path_factory.mktemp("saved")
-    published.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def saved(saved_folder):
-    return AutoTokenizer.from_pretrained(saved_folder)
-
-
-@pytest.fixture(params=["published", "saved"])
-def tokenizer(request):
-    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +48,6 @@ def messages_of(history: list, query: str) -> list[dict]:
     for question, reply in history:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
     return [*messages, {"role": "user", "content": query}]
-
-
-def as_lists(encoding) -> dict:
-    return {name: rows.tolist() if hasattr(rows, "tolist") else rows for name, rows in encoding.items()}
 
 
 def check_texts(tokenizer, golden: dict):
@@ -124,8 +104,8 @@ def test_chat_prompts_equal_the_original(tokenizer, recorded):
         assert tokenizer.decode(golden["fake_output_ids"]) == golden["raw_decode"]
 
 
-def test_image_tokens_come_before_the_vocabulary(v1_folder, goldens, tmp_path):
-    golden = json.loads((goldens / "tokenizer" / "tok_v1_offset20000.json").read_text())
+def test_image_tokens_come_before_the_vocabulary(v1_folder, tmp_path):
+    golden = recorded_texts("tok_v1_offset20000")
     published = ChatGLM6BTokenizer.from_pretrained(v1_folder, num_image_tokens=20000)
     published.save_pretrained(tmp_path)
     for tokenizer in (published, AutoTokenizer.from_pretrained(tmp_path)):
@@ -138,8 +118,8 @@ def test_image_tokens_come_before_the_vocabulary(v1_folder, goldens, tmp_path):
         assert tokenizer.decode(golden["decode_with_image_ids"]["ids"]) == golden["decode_with_image_ids"]["text"]
 
 
-def test_training_rows_equal_the_official_script(tokenizer, goldens):
-    for golden in json.loads((goldens / "tokenizer" / "train_format.json").read_text())["v1_ptuning"]:
+def test_training_rows_equal_the_official_script(tokenizer):
+    for golden in recorded_texts("train_format")["v1_ptuning"]:
         examples, column = golden["examples"], golden["history_column"]
         source, target = golden["max_source_length"], golden["max_target_length"]
         rows = zip(examples["content"], examples["summary"], examples["history"], strict=True)

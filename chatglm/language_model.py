@@ -1,0 +1,149 @@
+"""What the language models of all generations share: their forward with the loss, and the trained prefix.
+
+Shapes: B batch, S tokens, H hidden size, V vocabulary rows, L layers, g key/value heads, d head size, P states of a
+trained prefix.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+
+PREFIX_DROPOUT = 0.1
+TRAINED_WITH_PREFIX = ("prefix_encoder.", "classifier_head.")
+
+
+def causal_lm_loss(
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor,
+    output_layer: nn.Module,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """Cross entropy in float32, with logits computed only where the next token has a label.
+
+    The value is that of the full computation: the mean over the labelled positions or, with `num_items_in_batch`,
+    their sum divided by it. The memory grows with the answers and not with the sequence: float32 logits of 1152
+    tokens over 65024 pieces are 300 MB a row.
+
+    Shapes: hidden_states [B, S, H], labels [B, S], output_layer [.., H] -> [.., V].
+    """
+    targets = labels[:, 1:].to(hidden_states.device)
+    labelled = targets != ignore_index  # [B, S - 1]
+    logits = output_layer(hidden_states[:, :-1][labelled]).float()  # [N, V]
+    if num_items_in_batch is None:
+        return nn.functional.cross_entropy(logits, targets[labelled])
+    total = nn.functional.cross_entropy(logits, targets[labelled], reduction="sum")
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+class CausalLMMixin:
+    """The forward of a model that has a `transformer` and an `lm_head`."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        skip_logits: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, S, V] and, with `labels` [B, S], the loss; in training a loss comes without logits.
+
+        `skip_logits` decides instead of the mode: False gives the logits in training too, True leaves them out in
+        evaluation. The loss is that of `causal_lm_loss`; labels are -100 where nothing is learnt. All else is as in
+        the forward of `transformer`.
+        """
+        tokens = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
+        past = {"past_key_values": past_key_values, "use_cache": use_cache}
+        outputs = self.transformer(**tokens, **past, attention_mask=attention_mask, **kwargs)
+        states = outputs.last_hidden_state  # [B, S, H]
+        library_loss = "shift_labels" in kwargs  # from sequence parallelism
+        skip_logits = self.training if skip_logits is None else skip_logits
+        loss = logits = None
+        if labels is None or library_loss or not skip_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(states[:, kept])
+        if labels is not None and library_loss:
+            kwargs |= {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(logits=logits, labels=labels, **kwargs)
+        elif labels is not None:
+            loss = causal_lm_loss(states, labels, self.lm_head, num_items_in_batch)
+        return CausalLMOutputWithPast(
+            logits=logits,
+            loss=loss,
+            attentions=outputs.attentions,
+            hidden_states=outputs.hidden_states,
+            past_key_values=outputs.past_key_values,
+        )
+
+
+class PrefixEmbedding(nn.Embedding):
+    """Starts as torch makes it, with a deviation of 1, as published; the library's 0.02 is for text."""
+
+
+class PrefixLinear(nn.Linear):
+    """Likewise."""
+
+
+class PrefixEncoder(nn.Module):
+    """P-Tuning v2: learnt keys and values, which every layer sees before those of the text.
+
+    `heads` are (g, d). With `prefix_projection` a network makes the states from embeddings of `projected_size`, or of
+    their own size where it is None.
+    """
+
+    def __init__(self, config: PreTrainedConfig, heads: tuple[int, int], projected_size: int | None = None):
+        super().__init__()
+        self.shape = (2 * config.num_layers, *heads)
+        row, inner = math.prod(self.shape), config.hidden_size
+        learnt = projected_size or row if config.prefix_projection else row
+        self.embedding = PrefixEmbedding(config.pre_seq_len, learnt)
+        self.trans = nn.Identity()
+        if config.prefix_projection:
+            self.trans = nn.Sequential(PrefixLinear(learnt, inner), nn.Tanh(), PrefixLinear(inner, row))
+        self.dropout = nn.Dropout(PREFIX_DROPOUT)
+
+    def forward(self, batch_size: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Key and value [B, g, P, d] of each layer."""
+        rows = self.trans(self.embedding.weight).to(dtype)  # [P, 2 L g d]
+        rows = self.dropout(rows.expand(batch_size, -1, -1))
+        states = rows.unflatten(-1, self.shape).permute(2, 0, 3, 1, 4)  # [2 L, B, g, P, d]
+        return list(zip(states[0::2], states[1::2], strict=True))
+
+
+class PrefixTunedMixin:
+    """For models with a `prefix_encoder` where the configuration has `pre_seq_len`."""
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_all_but_prefix()  # loading makes new parameters
+        return loaded
+
+    def freeze_all_but_prefix(self):
+        """With `pre_seq_len`, nothing of the language model but the prefix encoder is trained."""
+        if self.config.pre_seq_len:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(any(part in name for part in TRAINED_WITH_PREFIX))
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, (PrefixEmbedding, PrefixLinear)):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
