@@ -10,7 +10,7 @@
 #     "evaluate>=0.4.6",
 #     "accelerate>=1.11",
 #     "sentencepiece>=0.2",
-#     "protobuf>=4",
+#     "protobuf>=4.25",
 # ]
 # ///
 """Fine-tune ChatGLM, or any causal language model of transformers, with LoRA on conversations or on plain text.
