@@ -501,12 +501,14 @@ def up_to_answers(messages, apart) -> list[list[dict]]:
 def marked_ids(tokenizer, conversations) -> list[tuple[list[int], list[int]]]:
     """Token ids of conversations that end with an answer, and a mark (1) on each token that is trained.
 
-    ChatGLM's tokenizers mark the answers themselves, all conversations in one call. For any other the answers are
-    found turn by turn: an answer is what follows its prompt.
+    ChatGLM's tokenizers mark the answers themselves, all conversations in one call. For any other, and for ChatGLM
+    with a template of the user's own, the answers are found turn by turn: an answer is what follows its prompt.
     """
     if conversations and own_end_id(tokenizer) is not None:
         encoded = tokenizer.apply_chat_template(conversations, return_dict=True, return_assistant_tokens_mask=True)
-        return list(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True))
+        marked = list(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True))
+        if all(1 in marks for _, marks in marked):
+            return marked
     return [ids_by_turn(tokenizer, messages) for messages in conversations]
 
 

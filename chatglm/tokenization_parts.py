@@ -152,6 +152,29 @@ class PartsTokenizer(TokenizersBackend):
         tools: list | None = None,
         documents: list[dict] | None = None,
         chat_template: str | None = None,
+        **options,
+    ):
+        """The published prompt of one conversation or a batch of them, every part encoded on its own.
+
+        The options are those of the library. Messages are dicts of `role` and `content`, and from ChatGLM3 on also
+        `metadata`, and `tools` in the system message. No end token is appended. With `return_assistant_tokens_mask`,
+        `assistant_masks` marks what a model should learn: each assistant message and the role token after it, with
+        ChatGLM-6B and ChatGLM2 the final reply; a message's own `loss` key (true or false) takes precedence. Raises
+        ValueError for an unknown role. A chat template other than the published one is left to the library.
+        """
+        template = chat_template or self.chat_template
+        if self._own_prompt(template):
+            return self._published_chat(conversation, tools, template, **options)
+        encoding = {"split_special_tokens": False, **(options.pop("tokenizer_kwargs", None) or {})}
+        return super().apply_chat_template(
+            conversation, tools, documents, chat_template, tokenizer_kwargs=encoding, **options
+        )
+
+    def _published_chat(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        tools: list | None,
+        template: str,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         tokenize: bool = True,
@@ -162,35 +185,9 @@ class PartsTokenizer(TokenizersBackend):
         return_dict: bool = True,
         return_assistant_tokens_mask: bool = False,
         tokenizer_kwargs: dict[str, Any] | None = None,
-        **kwargs,
+        **template_variables,
     ):
-        """The published prompt of one conversation or a batch of them, every part encoded on its own.
-
-        Messages are dicts of `role` and `content`, and from ChatGLM3 on also `metadata`, and `tools` in the system
-        message. No end token is appended. With `return_assistant_tokens_mask`, `assistant_masks` marks what a model
-        should learn: each assistant message and the role token after it, with ChatGLM-6B and ChatGLM2 the final
-        reply; a message's own `loss` key (true or false) takes precedence. Raises ValueError for an unknown role.
-        """
-        tokenizer_kwargs = tokenizer_kwargs or {}
-        template = chat_template or self.chat_template
-        if not self._own_prompt(template):
-            return super().apply_chat_template(
-                conversation,
-                tools=tools,
-                documents=documents,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=tokenize,
-                padding=padding,
-                truncation=truncation,
-                max_length=max_length,
-                return_tensors=return_tensors,
-                return_dict=return_dict,
-                return_assistant_tokens_mask=return_assistant_tokens_mask,
-                tokenizer_kwargs={"split_special_tokens": False, **tokenizer_kwargs},
-                **kwargs,
-            )
+        """`apply_chat_template` without Jinja; the published prompts have no further variables."""
         if continue_final_message and add_generation_prompt:
             raise ValueError(
                 "Choose one of continue_final_message and add_generation_prompt: the reply is open or new."
@@ -216,7 +213,11 @@ class PartsTokenizer(TokenizersBackend):
         encoding = BatchEncoding(columns)
         if padding or return_tensors or tokenizer_kwargs:
             encoding = self.pad(
-                columns, padding=padding, max_length=max_length, return_tensors=return_tensors, **tokenizer_kwargs
+                columns,
+                padding=padding,
+                max_length=max_length,
+                return_tensors=return_tensors,
+                **(tokenizer_kwargs or {}),
             )
         if not batched and return_tensors is None:
             encoding = BatchEncoding({name: rows[0] for name, rows in encoding.items()})

@@ -99,6 +99,21 @@ def test_template_without_generation_marks_gets_the_right_labels(tokenizer):
     assert tokenizer.decode(example["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
+@pytest.mark.parametrize("name", ["glm3", "glm4"])
+def test_chatglm_with_a_template_of_the_users_own_trains_its_answers(name, request, monkeypatch):
+    tokenizer = request.getfixturevalue(name)
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}。{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    (example,) = encoded(tokenizer, TURNS)
+    assert tokenizer.decode(example["input_ids"]).replace(" ", "").startswith("<|user|>你好。<|assistant|>你好，我是")
+    first, last = (tokenizer.encode(TURNS[i]["content"] + "。", add_special_tokens=False) for i in (1, 3))
+    user = tokenizer.convert_tokens_to_ids("<|user|>")
+    assert trained_ids(example) == first + [user] + last + [tokenizer.end_of_reply_token_id]
+
+
 @pytest.mark.parametrize("name", ["glm1", "glm2", "glm3", "glm4", "tokenizer"])
 def test_training_example_begins_with_the_prompt_used_for_prediction(name, request):
     tokenizer = request.getfixturevalue(name)
