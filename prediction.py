@@ -1,12 +1,16 @@
-"""Answers by generation: the --do_predict stage of run_chatglm_lora.py."""
+"""Answers by generation: the stages --do_predict and --predict_with_generate of run_chatglm_lora.py."""
 
 import json
 import logging
-import os
+from collections import Counter
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from operator import itemgetter
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+from peft import PeftModel, get_peft_model_state_dict
 
 
 logger = logging.getLogger("run_chatglm_lora.prediction")
@@ -18,46 +22,143 @@ def left_padded(rows, value) -> torch.Tensor:
     return torch.tensor([[value] * (width - len(row)) + list(row) for row in rows])
 
 
+def search_options(chat_args) -> dict:
+    """How `generate` chooses tokens: greedily without flags, whatever the checkpoint's own configuration says."""
+    options = {"num_beams": chat_args.num_beams, "do_sample": chat_args.do_sample, "top_k": None}
+    drawn = {"temperature": chat_args.temperature, "top_p": chat_args.top_p, "top_k": 0}
+    return {**options, **(drawn if chat_args.do_sample else {"temperature": None, "top_p": None})}
+
+
 @torch.no_grad()
-def generated_ids(model, prompts, max_new_tokens, pad_token_id) -> list[list[int]]:
-    """Greedy continuations, without the prompts, of prompts (lists of ids) that may differ in length."""
+def generated_ids(model, prompts, max_new_tokens, pad_token_id, **search) -> list[list[int]]:
+    """Continuations, without the prompts, of prompts (lists of ids) that may differ in length; greedy by default."""
     was_training = model.training
     model.eval()
     ids = left_padded(prompts, pad_token_id).to(model.device)  # [B, S]
     mask = left_padded([[1] * len(prompt) for prompt in prompts], 0).to(model.device)  # [B, S]
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "use_cache": True}
+    search = search or {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     output = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id, **greedy
-    )  # [B, S + T]
+        input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id, use_cache=True,
+        **search,
+    )  # [B, S + T]  # fmt: skip
     model.train(was_training)
     return output[:, ids.shape[1] :].tolist()
 
 
-def predict(trainer, tokenizer, data, max_new_tokens, pad_token_id):
-    """Answer every row of `data`, whose columns are input_ids, prompt and reference, and count exact matches.
+@dataclass
+class AnswerFile:
+    """A file with a line for each row, appended as answers come, and put into the order of the rows at the end.
 
-    The rows go to generated_predictions.jsonl in their order, batch by batch, so that a stopped run keeps what it has.
-    Under torchrun each batch is shared out and the main process writes.
+    While it is not whole, a file beside it says what it is made with. A run with the same model, rows and flags goes
+    on where it ends; any other begins anew.
     """
-    args, rows, matches = trainer.args, list(data), 0
-    step = args.per_device_eval_batch_size * args.world_size
-    path = Path(args.output_dir, "generated_predictions.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path if args.should_save else os.devnull, "w", encoding="utf-8") as file:
-        for start in range(0, len(rows), step):
-            batch = rows[start : start + step]
-            with trainer.accelerator.split_between_processes(batch) as share:
-                prompts = [row["input_ids"] for row in share]
-                answers = generated_ids(trainer.model, prompts, max_new_tokens, pad_token_id) if prompts else []
-            texts = gather_object([tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers])
-            for row, text in zip(batch, texts, strict=True):
-                matches += text == (row["reference"] or "").strip()
-                line = {"prompt": row["prompt"], "reference": row["reference"], "prediction": text}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            logger.info(f"Answered {start + len(batch)} of {len(rows)} rows")
-    metrics = {"predict_samples": len(rows)}
-    if any(row["reference"] for row in rows):
-        metrics["predict_exact_match"] = matches / len(rows)
-    trainer.log_metrics("predict", metrics)
-    trainer.save_metrics("predict", metrics)
+
+    path: Path
+    made_with: str
+
+    def __post_init__(self):
+        self.unfinished = self.path.with_suffix(".unfinished")
+
+    def lines_kept(self) -> list[dict]:
+        """The lines that an unfinished run with the same settings left; the file then holds these and no half line."""
+        kept = []
+        if self.path.exists() and self.unfinished.exists() and self.unfinished.read_text() == self.made_with:
+            whole, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
+            kept = [json.loads(line) for line in whole.splitlines()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.unfinished.write_text(self.made_with)
+        self.write(kept, "w")
+        return kept
+
+    def write(self, lines, mode):
+        with open(self.path, mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+    def finish(self, lines):
+        whole = replace(self, path=self.path.with_suffix(".sorted"))
+        whole.write(lines, "w")
+        whole.path.replace(self.path)
+        self.unfinished.unlink()
+
+
+def made_with(model, rows, settings) -> str:
+    """What answers depend on, as a hash: the rows, the flags, the base and the adapter (of a full model: its name)."""
+    digest = sha256(json.dumps([rows, settings, model.name_or_path], ensure_ascii=False).encode())
+    if isinstance(model, PeftModel):
+        for name, tensor in sorted(get_peft_model_state_dict(model).items()):
+            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def predict(trainer, tokenizer, data, chat_args, pad_token_id, stage="predict"):
+    """Answer every row of `data`, whose columns are input_ids, prompt and reference, and score the answers.
+
+    Writes generated_predictions.jsonl or, for the stage "eval", generated_evaluations.jsonl, and adds the scores to
+    the results of the stage. Rows of like length share a batch, the longest come first. Under torchrun each batch is
+    shared out, and the main process writes.
+    """
+    args, rows = trainer.args, list(data)
+    steps = trainer.state.global_step  # tells weights apart that were trained in this run, all of them
+    settings = {"max_new_tokens": chat_args.max_target_length, "seed": args.seed, "steps": steps}
+    search = search_options(chat_args)
+    name = {"predict": "generated_predictions.jsonl", "eval": "generated_evaluations.jsonl"}[stage]
+    file = AnswerFile(Path(args.output_dir, name), made_with(trainer.model, rows, {**settings, **search}))
+    lines = broadcast_object_list([file.lines_kept() if args.should_save else None])[0]
+    if lines:
+        logger.info(f"{len(lines)} of {len(rows)} rows were answered before the last run was stopped: going on.")
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]["input_ids"]))
+    batch_size = args.per_device_eval_batch_size * args.world_size
+    for start in range(len(lines), len(rows), batch_size):
+        batch = [rows[number] for number in order[start : start + batch_size]]
+        with trainer.accelerator.split_between_processes(batch) as share:
+            prompts = [row["input_ids"] for row in share]
+            length = chat_args.max_target_length
+            answers = generated_ids(trainer.model, prompts, length, pad_token_id, **search) if prompts else []
+        texts = gather_object([tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers])
+        new = [
+            {"prompt": row["prompt"], "reference": row["reference"], "prediction": text}
+            for row, text in zip(batch, texts, strict=True)
+        ]
+        lines += new
+        if args.should_save:
+            file.write(new, "a")
+        logger.info(f"Answered {len(lines)} of {len(rows)} rows")
+    if args.should_save:
+        file.finish([line for _, line in sorted(zip(order, lines, strict=True), key=itemgetter(0))])
+    metrics = {f"{stage}_{name}": value for name, value in answer_scores(lines).items()}
+    metrics |= {"predict_samples": len(rows)} if stage == "predict" else {}
+    trainer.log_metrics(stage, metrics)
+    trainer.save_metrics(stage, {**results_so_far(args, stage), **metrics})
+
+
+def results_so_far(args, stage) -> dict:
+    """What --do_eval has written; predictions have no results before."""
+    path = Path(args.output_dir, f"{stage}_results.json")
+    return json.loads(path.read_text()) if stage == "eval" and path.exists() else {}
+
+
+def answer_scores(lines) -> dict:
+    """Means over the lines that have a reference: exact match as a share, BLEU-4 and ROUGE-1/2/L in percent.
+
+    BLEU is over characters and smoothed (nltk's method 3), ROUGE the F1 over words that jieba finds, both as in the
+    evaluation scripts published with ChatGLM.
+    """
+    pairs = [(line["prediction"], line["reference"].strip()) for line in lines if line["reference"]]
+    if not pairs:
+        return {}
+    import jieba  # half a second that only predictions need
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+    from rouge_chinese import Rouge
+
+    jieba.setLogLevel(logging.WARNING)
+    smoothing, rouge, totals = SmoothingFunction().method3, Rouge(), Counter()
+    for prediction, reference in pairs:
+        totals["exact_match"] += prediction == reference
+        bleu = sentence_bleu([list(reference)], list(prediction), smoothing_function=smoothing)
+        totals["bleu-4"] += 100 * bleu
+        words = [" ".join(jieba.cut(text)) for text in (prediction, reference)]
+        if all(text.strip() for text in words):  # Rouge refuses empty texts, which score nothing
+            for name, score in rouge.get_scores(*words)[0].items():
+                totals[name] += 100 * score["f"]
+    names = ("exact_match", "bleu-4", "rouge-1", "rouge-2", "rouge-l")
+    return {name: totals[name] / len(pairs) for name in names}

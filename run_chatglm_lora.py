@@ -26,6 +26,7 @@ reasons, in docs/modifications.md. Start it with python, torchrun or deepspeed, 
 
 import difflib
 import gc
+import glob
 import hashlib
 import importlib.util
 import inspect
@@ -36,6 +37,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -43,10 +45,13 @@ import datasets
 import evaluate
 import numpy as np
 import peft
+import tokenizers
 import torch
 import transformers
 import yaml
 from datasets import IterableDataset, IterableDatasetDict, load_dataset
+from datasets.fingerprint import Hasher
+from jinja2 import TemplateError
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
 from transformers import (
     CONFIG_MAPPING,
@@ -69,11 +74,19 @@ from transformers.utils.versions import require_version
 require_version("transformers>=5.17,<6", "To fix: pip install -r requirements.txt")
 require_version("datasets>=4.0", "To fix: pip install -r requirements.txt")
 
+if importlib.util.find_spec("chat_rows"):  # beside this script; a copy of the script alone trains on plain text
+    import batches
+    import chat_rows
+else:
+    batches = chat_rows = None
+
 logger = logging.getLogger("run_chatglm_lora")
 
 DTYPES = ["auto", "bfloat16", "float16", "float32"]
 IGNORE_INDEX = -100  # the label that torch's cross entropy leaves out
 ENDING_TOKENS = 8  # room for what ends an answer: its eos, and what a template writes after it, such as a newline
+EMPTY_EXAMPLE = {"input_ids": [], "labels": [], "length": 0, "source_cut": False, "target_cut": False}
+ENCODING_FLAGS = ("system_prompt", "skip_bad_rows", "max_source_length", "max_target_length")  # they shape the ids
 FILE_BUILDERS = {"csv": "csv", "json": "json", "jsonl": "json", "txt": "text", "parquet": "parquet"}
 
 
@@ -133,35 +146,50 @@ class DataTrainingArguments:
 
 @dataclass
 class ChatArguments:
-    """How rows become conversations."""
+    """How rows become conversations, batches and answers."""
 
     _argument_group_name = "chat data"
 
-    prompt_column: str | None = argument(None, "Column with the question. Naming it switches from text to chat data.")
+    data_format: str = argument(
+        "auto",
+        "What a row is; auto: chat if --prompt_column is given or the columns have known names (prompt/response, "
+        "input/target, content/summary, instruction/output, messages, conversations), text otherwise.",
+        choices=["auto", "text", "prompt_response", "instruction", "messages"],
+    )
+    prompt_column: str | None = argument(None, "Column with the question.")
     response_column: str | None = argument(None, "Column with the answer, the part that is trained.")
     history_column: str | None = argument(None, "Column with the earlier turns: [[question, answer], ...].")
+    system_prompt: str | None = argument(None, "System message of every row that has none of its own.")
+    chat_template: str | None = argument(None, "Jinja file to write conversations with, instead of the tokenizer's.")
+    skip_bad_rows: bool = argument(False, "Go on without rows that cannot be used; they are listed in bad_rows.jsonl.")
     test_file: str | None = argument(None, "Rows to answer with --do_predict, in the format of the other files.")
     max_source_length: int = argument(1024, "Most tokens before an answer. Longer: the oldest turns are dropped.")
     max_target_length: int = argument(128, "Most tokens of an answer, when trained and when generated.")
+    padding_free: bool = argument(True, "Lay rows end to end instead of padding them, where the model can do so.")
+    pack_to_length: int | None = argument(None, "Fill each training example with rows, up to this many tokens.")
     ignore_pad_token_for_loss: bool = argument(True, "Leave padding out of the loss.")
     pad_to_max_length: bool = argument(False, "Pad every batch to the maximum, for devices that want one shape.")
     max_predict_samples: int | None = argument(None, "Answer the first N test rows only.")
+    predict_with_generate: bool = argument(False, "With --do_eval: also answer the validation rows, and score that.")
+    num_beams: int = argument(1, "Beams of the answers' search.")
+    do_sample: bool = argument(False, "Draw the answers' tokens instead of taking the likeliest.")
+    temperature: float = argument(1.0, "Sharpness of --do_sample; lower is sharper.")
+    top_p: float = argument(1.0, "Share of the likeliest tokens that --do_sample draws from.")
 
     def __post_init__(self):
-        if self.prompt_column is None and (self.response_column or self.history_column):
+        if self.prompt_column is None and self.data_format == "auto" and (self.response_column or self.history_column):
             raise ValueError("--response_column and --history_column belong to a --prompt_column: name it too.")
-        for flag in ("max_source_length", "max_target_length"):
+        if self.data_format in ("text", "messages") and (self.prompt_column or self.response_column):
+            raise ValueError(f"--data_format {self.data_format} has no --prompt_column and no --response_column.")
+        for flag in ("max_source_length", "max_target_length", "num_beams"):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag} must be at least 1, not {getattr(self, flag)}.")
-
-    @property
-    def is_chat(self) -> bool:
-        return self.prompt_column is not None
-
-    @property
-    def columns(self) -> list[str]:
-        """The columns named by flags, which every row must have."""
-        return [name for name in (self.prompt_column, self.response_column, self.history_column) if name]
+        if not (self.temperature > 0 and 0 < self.top_p <= 1):
+            raise ValueError("--temperature must be above 0, and --top_p above 0 and at most 1.")
+        if (self.temperature != 1 or self.top_p != 1) and not self.do_sample:
+            raise ValueError("--temperature and --top_p are for drawn tokens: add --do_sample.")
+        if self.pack_to_length is not None and not self.padding_free:
+            raise ValueError("--pack_to_length needs rows end to end: drop --no_padding_free.")
 
 
 @dataclass
@@ -235,14 +263,30 @@ def file_arguments(path):
 
 def file_builder(files):
     """The `datasets` builder for files, given by flag, that must be of one known type; None if there is no file."""
-    files = {flag: path for flag, path in files.items() if path is not None}
-    for flag, path in files.items():
-        if Path(path).suffix.lstrip(".") not in FILE_BUILDERS:
+    found = {}  # builder: the first flag and file that need it
+    for flag, path in [(flag, path) for flag, value in files.items() if value for path in listed_files(value)]:
+        suffix = Path(path).suffix.lstrip(".")
+        if suffix not in FILE_BUILDERS:
             raise ValueError(f"{flag} {path}: the file must end in one of .{', .'.join(FILE_BUILDERS)}.")
-    builders = {FILE_BUILDERS[Path(path).suffix.lstrip(".")] for path in files.values()}
-    if len(builders) > 1:
-        raise ValueError(f"All files must be of one type: {', '.join(map(' '.join, files.items()))}.")
-    return builders.pop() if builders else None
+        found.setdefault(FILE_BUILDERS[suffix], f"{flag} {path}")
+    if len(found) > 1:
+        raise ValueError(f"All files must be of one type: {', '.join(found.values())}.")
+    return next(iter(found), None)
+
+
+def listed_files(value) -> list[str]:
+    """The files that a flag names: one or several with commas, patterns with * or ?, all files of a folder."""
+    files = []
+    for name in [value] if Path(value).exists() else value.split(","):
+        if Path(name).is_dir():
+            files += sorted(str(path) for path in Path(name).iterdir() if path.is_file() and path.name[0] != ".")
+        elif glob.has_magic(name) and not Path(name).exists():
+            files += sorted(glob.glob(name))
+        else:
+            files.append(name)
+    if not files:
+        raise ValueError(f"{value} holds or matches no file.")
+    return files
 
 
 # --------------------------------------------------------------------------------------------------------- logging
@@ -277,14 +321,19 @@ def set_up_logging(training_args):
 
 
 def raw_datasets(model_args, data_args, chat_args, training_args):
-    """The rows of every split, with a validation split made from the training rows where none is given."""
+    """The rows of every split and their chat format, which is None for plain text.
+
+    Where no validation rows are given, they are split off from the training rows.
+    """
     files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": chat_args.test_file}
-    files = {split: path for split, path in files.items() if path is not None}
-    builder = file_builder({f"--{split}_file": path for split, path in files.items()})
+    builder = file_builder({f"--{split}_file": value for split, value in files.items()})
+    files = {split: listed_files(value) for split, value in files.items() if value is not None}
     options = {"cache_dir": model_args.cache_dir, "token": model_args.token}
     if data_args.dataset_name is not None:
         source = (data_args.dataset_name, data_args.dataset_config_name)
         options["streaming"] = data_args.streaming
+        if Path(data_args.dataset_name).is_dir() and chat_rows:
+            files = chat_rows.files_in(*source)
     elif builder is not None:
         source = (builder,)
         options["data_files"] = files
@@ -292,22 +341,48 @@ def raw_datasets(model_args, data_args, chat_args, training_args):
             options["keep_linebreaks"] = data_args.keep_linebreaks
     else:
         raise ValueError("There are no data: pass --train_file, --validation_file, --test_file or --dataset_name.")
-    raw = load_dataset(*source, **options)
+
+    row_format = found_format(files, chat_args)
+    if row_format:
+        streaming, cache_dir = data_args.streaming, model_args.cache_dir
+        raw = {split: chat_rows.dataset_of_rows(paths, streaming, cache_dir) for split, paths in files.items()}
+    else:
+        raw = load_dataset(*source, **options)
+        row_format = known_format({split: column_names(rows) for split, rows in raw.items()}, chat_args)
+    logger.info(f"Data format: {row_format or 'text'} (--data_format {chat_args.data_format})")
     # Chat data are all trained on unless an evaluation is asked for; text is split as run_clm.py does, always.
-    if "validation" not in raw and "train" in raw and (training_args.do_eval or not chat_args.is_chat):
-        raw["train"], raw["validation"] = train_and_validation(raw["train"], source, options, data_args)
-    check_splits(raw, chat_args, training_args)
-    return raw
+    if "validation" not in raw and "train" in raw and (training_args.do_eval or not row_format):
+        raw["train"], raw["validation"] = train_and_validation(raw["train"], data_args)
+    check_splits(raw, row_format, training_args)
+    return raw, row_format
 
 
-def train_and_validation(train, source, options, data_args):
+def found_format(files, chat_args):
+    """The chat format of csv and json files; None if they hold text, or are to be read by `load_dataset`."""
+    if not files or not chat_rows or not chat_rows.read_here(chain.from_iterable(files.values())):
+        return None
+    return known_format({split: chat_rows.first_columns(paths) for split, paths in files.items()}, chat_args)
+
+
+def known_format(columns, chat_args):
+    """The chat format of splits with these columns, {split: names}; the training rows decide where there are any."""
+    wanted = chat_args.data_format not in ("auto", "text") or chat_args.prompt_column
+    if wanted and not chat_rows:
+        raise ValueError("Conversations need chat_rows.py and batches.py in the folder of this script.")
+    if not chat_rows or chat_args.data_format == "text":
+        return None
+    split = next((split for split in ("train", "validation", "test") if split in columns), next(iter(columns)))
+    return chat_rows.row_format(columns[split], chat_args, questions_only=split == "test")
+
+
+def train_and_validation(train, data_args):
     """The training rows in two parts, by position: a streamed one by row number modulo 100, else a first slice."""
     percentage = data_args.validation_split_percentage
+    if not 0 <= percentage <= 100:
+        raise ValueError(f"--validation_split_percentage must lie between 0 and 100, not be {percentage}.")
     if not data_args.streaming:
-        first, rest = f"train[:{percentage}%]", f"train[{percentage}%:]"
-        return load_dataset(*source, **options, split=rest), load_dataset(*source, **options, split=first)
-    if not 0 < percentage < 100:
-        raise ValueError(f"--validation_split_percentage must lie between 0 and 100 in a stream, not be {percentage}.")
+        cut = round(len(train) * percentage / 100)
+        return train.select(range(cut, len(train))), train.select(range(cut))
     stream = train if isinstance(train, IterableDataset) else train.to_iterable_dataset()
     return (
         stream.filter(lambda _, row: row % 100 >= percentage, with_indices=True),
@@ -315,7 +390,7 @@ def train_and_validation(train, source, options, data_args):
     )
 
 
-def check_splits(raw, chat_args, training_args):
+def check_splits(raw, row_format, training_args):
     """Raise a ValueError if a stage that was asked for has no data of its own."""
     if training_args.do_train and "train" not in raw:
         raise ValueError("--do_train needs training data: pass --train_file, or a --dataset_name with a train split.")
@@ -323,7 +398,7 @@ def check_splits(raw, chat_args, training_args):
         raise ValueError("--do_eval needs --validation_file, or a --train_file to split.")
     if training_args.do_predict and "test" not in raw:
         raise ValueError("--do_predict needs rows to answer: pass --test_file, or a --dataset_name with a test split.")
-    if training_args.do_predict and not chat_args.is_chat:
+    if training_args.do_predict and not row_format:
         raise ValueError("--do_predict answers questions: name their column with --prompt_column.")
 
 
@@ -425,41 +500,32 @@ def within_positions(chat_args, config):
     return replace(chat_args, max_source_length=room)
 
 
-def conversation(row, chat_args, where) -> list[dict]:
-    """The messages of a row: the earlier turns, the question, and the answer, whose content is None if there is none.
-
-    A missing, null or empty history is no history. Raises a ValueError that starts with `where` if a cell is not text.
-    """
-    turns = history_pairs(row.get(chat_args.history_column), f"{where}, column '{chat_args.history_column}'")
-    turns.append((row[chat_args.prompt_column], row.get(chat_args.response_column)))
-    for column, value in zip((chat_args.prompt_column, chat_args.response_column), turns[-1], strict=True):
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{where}, column '{column}': {value!r} is {type(value).__name__}, text is expected.")
-    roles = ("user", "assistant")
-    return [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
+def is_trained(message) -> bool:
+    """Whether a message is learnt: answers are, unless the message's own `loss` says otherwise."""
+    loss = message.get("loss")
+    return message["role"] == "assistant" if loss is None else loss
 
 
-def history_pairs(history, where) -> list[tuple]:
-    """The (question, answer) pairs of a history cell: a list of pairs, or such a list written as JSON (csv files)."""
-    if isinstance(history, str):
-        try:
-            history = json.loads(history or "[]")
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: {history!r} is not JSON ({error}).") from error
-    for pair in history or []:
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise ValueError(f"{where}: {pair!r} is not a [question, answer] pair of texts.")
-    return list(history or [])
+def is_complete(messages) -> bool:
+    """Whether every message has a content, and the last answer is not empty."""
+    last = messages[-1]
+    empty = last["role"] == "assistant" and not last["content"] and not last.get("tool_calls")
+    return not empty and all(message["content"] is not None for message in messages)
 
 
-def is_trainable(messages) -> bool:
-    """Whether a conversation has a question and an answer to train on."""
-    return messages[-2]["content"] is not None and bool(messages[-1]["content"])
+def templated(tokenizer, messages, **options):
+    """What the chat template makes of a conversation. Every prompt, of every model, is built here."""
+    messages, tools = chat_rows.as_template_takes_them(messages, tokenizer)
+    return tokenizer.apply_chat_template(messages, tools=tools, **options)
+
+
+def conversation_ids(tokenizer, messages, **options) -> list[int]:
+    return templated(tokenizer, messages, return_dict=True, **options)["input_ids"]
 
 
 def prompt_ids(tokenizer, messages) -> list[int]:
-    """Token ids of a conversation up to the cue after which the model answers. Every prompt is built here."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    """Token ids of a conversation up to the cue after which the model answers."""
+    return conversation_ids(tokenizer, messages, add_generation_prompt=True)
 
 
 def reply_ids(tokenizer, messages, prompt) -> list[int]:
@@ -468,11 +534,11 @@ def reply_ids(tokenizer, messages, prompt) -> list[int]:
     A tokenizer that merges across the end of the prompt makes the two texts part there, and is given the rest alone:
     that is how the answer looks when the model generates it.
     """
-    whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    whole = conversation_ids(tokenizer, messages)
     if whole[: len(prompt)] == prompt:
         return whole[len(prompt) :]
-    before = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    before = templated(tokenizer, messages[:-1], add_generation_prompt=True, tokenize=False)
+    text = templated(tokenizer, messages, tokenize=False)
     if not text.startswith(before):
         raise ValueError(
             "The chat template writes a conversation with its last answer in another way than the prompt for that "
@@ -493,8 +559,8 @@ def answers_apart(tokenizer) -> bool:
 
 
 def up_to_answers(messages, apart) -> list[list[dict]]:
-    """The conversation up to its last answer or, where answers need examples of their own, up to each of them."""
-    ends = [number for number, message in enumerate(messages, 1) if message["role"] == "assistant"]
+    """The conversation up to its last trained message or, where each needs an example of its own, up to each."""
+    ends = [number for number, message in enumerate(messages, 1) if is_trained(message)]
     return [messages[:end] for end in (ends if apart else ends[-1:])]
 
 
@@ -505,7 +571,8 @@ def marked_ids(tokenizer, conversations) -> list[tuple[list[int], list[int]]]:
     with a template of the user's own, the answers are found turn by turn: an answer is what follows its prompt.
     """
     if conversations and own_end_id(tokenizer) is not None:
-        encoded = tokenizer.apply_chat_template(conversations, return_dict=True, return_assistant_tokens_mask=True)
+        batch = [chat_rows.as_template_takes_them(messages, tokenizer)[0] for messages in conversations]
+        encoded = tokenizer.apply_chat_template(batch, return_dict=True, return_assistant_tokens_mask=True)
         marked = list(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True))
         if all(1 in marks for _, marks in marked):
             return marked
@@ -520,17 +587,19 @@ def own_end_id(tokenizer) -> int | None:
 def ids_by_turn(tokenizer, messages) -> tuple[list[int], list[int]]:
     """`marked_ids` of one conversation, through any chat template."""
     ids, marks, reply = [], [], []
-    for end in range(2, len(messages) + 1):
-        if messages[end - 1]["role"] != "assistant":
+    for end, message in enumerate(messages, 1):
+        answer, trained = message["role"] == "assistant", is_trained(message)
+        if not answer and not trained:
             continue
-        prompt = prompt_ids(tokenizer, messages[: end - 1])
+        before = messages[: end - 1]
+        prompt = conversation_ids(tokenizer, before, add_generation_prompt=answer) if before else []
         if prompt[: len(ids)] != ids:  # the answers so far stand differently in this prompt: only this one is trained
             ids, marks = [], []
         added = [0] * (len(prompt) - len(ids))
-        if marks and tokenizer.eos_token_id not in reply:
+        if added and marks and marks[-1] and tokenizer.eos_token_id not in reply:
             added[0] = 1  # the next role's token is what ends such an answer
         reply = reply_ids(tokenizer, messages[:end], prompt)
-        ids, marks = prompt + reply, marks + added + [1] * len(reply)
+        ids, marks = prompt + reply, marks + added + [int(trained)] * len(reply)
     return ids, marks
 
 
@@ -585,48 +654,68 @@ def encoded_conversations(tokenizer, conversations, chat_args) -> Iterator[dict]
         yield {
             "input_ids": ids[:start] + kept,
             "labels": labels + kept,
+            "length": start + len(kept),
             "source_cut": source_cut,
             "target_cut": length > chat_args.max_target_length,
         }
 
 
-def encoded_chats(raw, tokenizer, chat_args, data_args, training_args):
-    """Training and validation rows as `input_ids` and `labels`; the test rows as prompts with references."""
+def encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_args):
+    """Training and validation rows as `input_ids` and `labels`; rows to answer as prompts with references.
+
+    The rows to answer are the splits test and, with --predict_with_generate, questions (the validation rows again).
+    """
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise ValueError(
             "This tokenizer has no chat template or no eos token, so conversations cannot be written in the model's "
-            "own format: set both, save the tokenizer with save_pretrained, and pass its folder as --tokenizer_name."
+            "own format: pass the template with --chat_template FILE, or for plain text --data_format text."
         )
-    data, apart = {}, answers_apart(tokenizer)
     gc.freeze()  # the libraries' million objects need not be looked through for every batch: a quarter less time
-    limits = {**sample_limits(data_args), "test": chat_args.max_predict_samples}
-    for split in [*requested_splits(training_args), *(["test"] if training_args.do_predict else [])]:
+    options = {"tokenizer": tokenizer, "row_format": row_format, "chat_args": chat_args}
+    limits, apart, data = sample_limits(data_args), answers_apart(tokenizer), {}
+    for split in requested_splits(training_args):
         rows = capped(raw[split], limits[split])
-        columns = column_names(rows)
-        check_columns(split, columns, chat_args)
-        options = {"tokenizer": tokenizer, "chat_args": chat_args, "split": split}
-        function = encoded_prompts
-        if split != "test":
-            function, options["apart"] = encoded_rows, apart
-        data[split] = mapped(
-            rows, function, f"encoding {split} conversations", data_args, training_args,
-            with_indices=True, remove_columns=columns, fn_kwargs=options,
-        )  # fmt: skip
-        if split != "test":
-            data[split] = with_trained_tokens(data[split], split, rows, chat_args)
+        own = {**options, "split": split, "apart": apart}
+        data[split] = encoded_split(rows, encoded_rows, own, data_args, training_args)
+        data[split] = with_trained_tokens(data[split], split, rows, chat_args, training_args)
+    asked = {"test": (raw.get("test"), chat_args.max_predict_samples)} if training_args.do_predict else {}
+    if training_args.do_eval and chat_args.predict_with_generate:
+        asked["questions"] = (raw["validation"], limits["validation"])
+    for split, (rows, limit) in asked.items():
+        rows = capped(rows, limit)
+        own = {**options, "split": split}
+        data[split] = encoded_split(rows, encoded_prompts, own, data_args, training_args)
+        data[split] = without_bad_rows(data[split], split, rows, training_args)
+    if chat_args.pack_to_length and "train" in data:
+        options = {"fn_kwargs": {"length": chat_args.pack_to_length}, "remove_columns": list(EMPTY_EXAMPLE)[:3]}
+        data["train"] = mapped(data["train"], batches.packed, "packing rows", data_args, training_args, **options)
     return data
 
 
-def check_columns(split, columns, chat_args):
-    """Raise a ValueError that names the nearest column if one that a flag names is missing from a split."""
-    if split != "test" and chat_args.response_column is None:
-        raise ValueError(f"The {split} data need an answer to train on: name its column with --response_column.")
-    for name in [name for name in chat_args.columns if name not in columns]:
-        near = difflib.get_close_matches(name, columns, n=1, cutoff=0)[0]
-        problem = f"The {split} data have no column '{name}' but {columns}. Did you mean '{near}'?"
-        if name == chat_args.prompt_column or (name == chat_args.response_column and split != "test"):
-            raise ValueError(problem)
-        logger.warning(problem)  # a split without history is one of first questions; test rows may lack an answer
+def encoded_split(rows, function, options, data_args, training_args):
+    """`function` over the rows of a split, from the cache where data, tokenizer, flags and code are the same."""
+    return mapped(
+        rows, function, f"encoding {options['split']} rows", data_args, training_args,
+        with_indices=True, remove_columns=column_names(rows), fn_kwargs=options,
+        **({} if isinstance(rows, IterableDataset) else {"new_fingerprint": encoding_fingerprint(rows, options)}),
+    )  # fmt: skip
+
+
+def encoding_fingerprint(rows, options) -> str:
+    """Changes with the rows, the tokenizer, its template, the flags that shape ids, and the code that makes them."""
+    tokenizer, chat_args = options["tokenizer"], options["chat_args"]
+    files = [__file__, chat_rows.__file__, inspect.getsourcefile(type(tokenizer))]
+    parts = {
+        "rows": rows._fingerprint,
+        "tokenizer": tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab(),
+        "settings": repr(tokenizer.init_kwargs),
+        "template": tokenizer.chat_template,
+        "flags": [getattr(chat_args, name) for name in ENCODING_FLAGS],
+        "rest": [options["row_format"], options["split"], options.get("apart")],
+        "code": [Path(file).read_bytes() for file in files],
+        "versions": [transformers.__version__, tokenizers.__version__],
+    }
+    return Hasher.hash(parts)
 
 
 def rows_of(batch) -> list[dict]:
@@ -634,95 +723,132 @@ def rows_of(batch) -> list[dict]:
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
-def encoded_rows(batch, indices, tokenizer, chat_args, split, apart):
+def encoded_rows(batch, indices, tokenizer, row_format, chat_args, split, apart):
     """Map function: examples of the rows. A row with nothing to train on gives one without ids."""
-    numbers, conversations, rows = [], [], []
-    for number, row in zip(indices, rows_of(batch), strict=True):
-        messages = conversation(row, chat_args, f"{split} row {number + 1}")
-        if not is_trainable(messages):
-            rows.append({"input_ids": [], "labels": [], "source_cut": False, "target_cut": False, "row": number + 1})
-            continue
-        pieces = up_to_answers(messages, apart)
-        conversations += pieces
-        numbers += [number + 1] * len(pieces)
-    examples = encoded_conversations(tokenizer, conversations, chat_args)
-    rows += [{**example, "row": number} for number, example in zip(numbers, examples, strict=True)]
-    return {name: [row[name] for row in rows] for name in ("input_ids", "labels", "source_cut", "target_cut", "row")}
+    read, rows = [], []  # read: [(row number, place, messages)]
+    for number, cells in zip(indices, rows_of(batch), strict=True):
+        place = chat_rows.place_of(cells, f"{split} row {number + 1}")
+        try:
+            messages = chat_rows.conversation(cells, row_format, place, chat_args.system_prompt)
+            pieces = up_to_answers(messages, apart) if is_complete(messages) else []
+            read += [(number, place, piece) for piece in pieces]
+            problem = None
+        except chat_rows.BadRow as error:
+            pieces, problem = [], skipped(error, chat_args)
+        if not pieces:
+            rows.append({**EMPTY_EXAMPLE, "row": number, "problem": problem})
+    rows += examples_of(read, tokenizer, chat_args)
+    return {name: [row[name] for row in rows] for name in (*EMPTY_EXAMPLE, "row", "problem")}
 
 
-def encoded_prompts(batch, indices, tokenizer, chat_args, split):
-    """Map function: the prompts of test rows, ending at the answer cue, with the question and the reference."""
-    encoded = {"input_ids": [], "prompt": [], "reference": []}
-    for number, row in zip(indices, rows_of(batch), strict=True):
-        messages = conversation(row, chat_args, f"{split} row {number + 1}")
-        if messages[-2]["content"] is None:
-            raise ValueError(f"{split} row {number + 1}: column '{chat_args.prompt_column}' is empty.")
-        short = without_oldest_turns(tokenizer, messages, chat_args.max_source_length)[:-1]
-        encoded["input_ids"].append(prompt_ids(tokenizer, short))
-        encoded["prompt"].append(messages[-2]["content"])
-        encoded["reference"].append(messages[-1]["content"])
-    return encoded
+def examples_of(read, tokenizer, chat_args) -> list[dict]:
+    """The example of each conversation, given as (row number, place, messages), encoded all together.
+
+    If the template refuses one, all are encoded one by one, to find and name it.
+    """
+    try:
+        examples = encoded_conversations(tokenizer, [messages for _, _, messages in read], chat_args)
+        return [{**example, "row": row[0], "problem": None} for row, example in zip(read, examples, strict=True)]
+    except (ValueError, TemplateError) as error:
+        if len(read) > 1:
+            return list(chain.from_iterable(examples_of([row], tokenizer, chat_args) for row in read))
+        number, place, _ = read[0]
+        problem = skipped(chat_rows.BadRow(f"{place}: {error}"), chat_args)
+        return [{**EMPTY_EXAMPLE, "row": number, "problem": problem}]
 
 
-def with_trained_tokens(encoded, split, rows, chat_args):
+def skipped(error, chat_args) -> str:
+    """What is wrong with a bad row, where bad rows are skipped; else the error is raised."""
+    if chat_args.skip_bad_rows:
+        return str(error)
+    raise error
+
+
+def encoded_prompts(batch, indices, tokenizer, row_format, chat_args, split):
+    """Map function: the prompts of rows to answer, ending at the answer cue, with the question and the reference.
+
+    The question is the last message before the answer, which is never in the prompt.
+    """
+    rows = []
+    for number, cells in zip(indices, rows_of(batch), strict=True):
+        place = chat_rows.place_of(cells, f"{split} row {number + 1}")
+        row = {"input_ids": [], "prompt": None, "reference": None, "row": number, "problem": None}
+        try:
+            messages = chat_rows.conversation(cells, row_format, place, chat_args.system_prompt, questions_only=True)
+            if messages[-1]["role"] != "assistant":
+                messages.append({"role": "assistant", "content": None})
+            row |= {"prompt": messages[-2]["content"], "reference": messages[-1]["content"]}
+            if row["prompt"] is None:
+                raise chat_rows.BadRow(f"{place}: column '{row_format.prompt}' is empty, there is nothing to answer.")
+            short = without_oldest_turns(tokenizer, messages, chat_args.max_source_length)[:-1]
+            row["input_ids"] = prompt_ids(tokenizer, short)
+        except chat_rows.BadRow as error:
+            row["problem"] = skipped(error, chat_args)
+        rows.append(row)
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def with_trained_tokens(encoded, split, rows, chat_args, training_args):
     """The examples that have something to train on; what was dropped or cut is logged, with row numbers."""
-    extra = ["source_cut", "target_cut", "row"]
+    extra = ["source_cut", "target_cut", "row", "problem"]
     if isinstance(encoded, IterableDataset):
         return encoded.filter(lambda example: warned_if_empty(example, split)).remove_columns(extra)
-    kept = encoded.filter(lambda ids: [len(each) > 0 for each in ids], input_columns="input_ids", batched=True)
+    encoded = without_bad_rows(encoded, split, rows, training_args)
+    kept = np.flatnonzero(encoded.with_format("numpy")["length"][:])
     if len(kept) < len(encoded):
-        dropped = sorted(set(encoded["row"][:]) - set(kept["row"][:]))
+        dropped = sorted(set(encoded["row"][:]) - set(encoded.select(kept)["row"][:]))
+        encoded = encoded.select(kept)
+        named = ", ".join(str(number + 1) for number in dropped)
         logger.warning(
-            f"{len(dropped)} of {len(rows)} {split} rows have no '{chat_args.prompt_column}' or no "
-            f"'{chat_args.response_column}' to train on and are dropped: {', '.join(map(str, dropped))[:500]}"
+            f"{len(dropped)} of {len(rows)} {split} rows have no question or no answer to train on and are dropped: "
+            f"{named[:500]}"
         )
-    if len(kept) == 0:
-        raise ValueError(f"No {split} row has an answer to train on: see --prompt_column and --response_column.")
+    if len(encoded) == 0:
+        raise ValueError(f"No {split} row has an answer to train on: see --data_format and the column flags.")
     for name, flag in {"source_cut": "max_source_length", "target_cut": "max_target_length"}.items():
-        share = np.mean(kept[name][:])
+        share = np.mean(encoded.with_format("numpy")[name][:])
         if share > 0.01:
             limit = f"--{flag} {getattr(chat_args, flag)}"
             logger.warning(f"{share:.1%} of the {split} examples are cut by {limit}: raise it to keep all of them.")
-    return kept.remove_columns(extra)
+    return encoded.remove_columns(extra)
 
 
 def warned_if_empty(example, split) -> bool:
     """Whether a streamed example has something to train on; if not, its row is logged."""
-    if not example["input_ids"]:
-        logger.warning(f"{split} row {example['row']} has no question or no answer and is dropped.")
+    if not example["input_ids"] and not example["problem"]:
+        logger.warning(f"{split} row {example['row'] + 1} has no question or no answer and is dropped.")
     return bool(example["input_ids"])
 
 
-@dataclass
-class ChatCollator:
-    """Batches [B, S] padded on the right to the longest row, rounded up to a multiple of 8, or to `length`.
-
-    It pads by itself: `tokenizer.pad` is where tokenizers that come with checkpoints break on newer libraries.
-    """
-
-    pad_token_id: int
-    label_pad_id: int = IGNORE_INDEX
-    length: int | None = None
-
-    def __call__(self, rows):
-        width = self.length or math.ceil(max(len(row["input_ids"]) for row in rows) / 8) * 8
-        fills = {"input_ids": self.pad_token_id, "labels": self.label_pad_id, "attention_mask": 0}
-        rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
-        return {
-            name: torch.tensor([list(row[name]) + [fill] * (width - len(row[name])) for row in rows])  # [B, S]
-            for name, fill in fills.items()
-        }
+def without_bad_rows(encoded, split, rows, training_args):
+    """The examples of good rows. The bad ones are counted and listed, with what is wrong, in bad_rows_SPLIT.jsonl."""
+    path = Path(training_args.output_dir, f"bad_rows_{split}.jsonl")
+    if isinstance(encoded, IterableDataset):
+        return encoded.filter(lambda example: example["problem"] is None or not listed(example, path))
+    good = np.flatnonzero([problem is None for problem in encoded["problem"]])
+    bad = encoded.select(np.flatnonzero([problem is not None for problem in encoded["problem"]]))
+    if len(bad) == 0:
+        return encoded
+    if training_args.should_save:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        for example in bad:
+            listed({**rows[example["row"]], "problem": example["problem"]}, path)
+    logger.warning(f"{len(bad)} of {len(rows)} {split} rows are bad and left out; they are listed in {path}.")
+    return encoded.select(good)
 
 
-def chat_collator(tokenizer, chat_args):
-    """The collator that the length and padding flags ask for."""
-    pad = padding_id(tokenizer)
+def listed(row, path) -> bool:
+    """Append a row, with what is wrong with it, to a file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    return True
+
+
+def chat_collator(model, tokenizer, chat_args, training_args):
+    """Rows end to end where the flags and the model allow it, else padded."""
     longest = chat_args.max_source_length + chat_args.max_target_length + ENDING_TOKENS
-    return ChatCollator(
-        pad_token_id=pad,
-        label_pad_id=IGNORE_INDEX if chat_args.ignore_pad_token_for_loss else pad,
-        length=longest if chat_args.pad_to_max_length else None,
-    )
+    return batches.chat_collator(model, padding_id(tokenizer), chat_args, training_args, longest)
 
 
 def padding_id(tokenizer) -> int:
@@ -775,12 +901,15 @@ def loaded_config(model_args):
     return config
 
 
-def loaded_tokenizer(model_args):
-    """The tokenizer of --tokenizer_name or of the checkpoint."""
+def loaded_tokenizer(model_args, chat_args):
+    """The tokenizer of --tokenizer_name or of the checkpoint, with the template of --chat_template."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
     if not name:
         raise ValueError("A model from scratch needs a tokenizer that exists: pass --tokenizer_name.")
-    return AutoTokenizer.from_pretrained(name, use_fast=model_args.use_fast_tokenizer, **hub_options(model_args))
+    tokenizer = AutoTokenizer.from_pretrained(name, use_fast=model_args.use_fast_tokenizer, **hub_options(model_args))
+    if chat_args.chat_template:
+        tokenizer.chat_template = Path(chat_args.chat_template).read_text(encoding="utf-8")
+    return tokenizer
 
 
 def model_class(config):
@@ -928,6 +1057,18 @@ def masked_accuracy(evaluation):
     return TokenAccuracy(keep_in_memory=True).compute(predictions=predictions[kept], references=labels[kept])
 
 
+def scoring(collator, training_args):
+    """What Trainer scores an evaluation with, and makes of the logits for that; nothing if none is asked for."""
+    if not training_args.do_eval or is_torch_xla_available():
+        return {}
+    if collator is default_data_collator:
+        return {"compute_metrics": masked_accuracy, "preprocess_logits_for_metrics": best_tokens}
+    training_args.batch_eval_metrics = True  # summed batch by batch: memory does not grow with the rows
+    flattened = isinstance(collator, batches.FlattenedCollator)
+    scores = partial(batches.row_scores, flattened=flattened)
+    return {"compute_metrics": batches.TokenScores(), "preprocess_logits_for_metrics": scores}
+
+
 # ------------------------------------------------------------------------------------------------------- the stages
 
 
@@ -942,7 +1083,6 @@ def training_checks():
 
 def make_trainer(model, tokenizer, data, collator, checks, training_args):
     """An ordinary Trainer, with token accuracy where evaluation is asked for."""
-    scored = training_args.do_eval and not is_torch_xla_available()
     return Trainer(
         model=model,
         args=training_args,
@@ -950,9 +1090,8 @@ def make_trainer(model, tokenizer, data, collator, checks, training_args):
         eval_dataset=data["validation"] if training_args.do_eval else None,
         processing_class=tokenizer,
         data_collator=collator,
-        compute_metrics=masked_accuracy if scored else None,
-        preprocess_logits_for_metrics=best_tokens if scored else None,
         callbacks=checks,
+        **scoring(collator, training_args),
     )
 
 
@@ -972,11 +1111,11 @@ def train(trainer, checks, origin, limit):
 
 
 def evaluate_loss(trainer, limit):
-    """Evaluate, and write loss, accuracy and perplexity."""
+    """Evaluate, and write loss, accuracy and perplexity (of chat data: from the loss over all trained tokens)."""
     metrics = trainer.evaluate()
     metrics |= sample_count("eval", trainer.eval_dataset, limit)
     try:
-        metrics["perplexity"] = math.exp(metrics["eval_loss"])
+        metrics["perplexity"] = math.exp(metrics.get("eval_token_loss", metrics["eval_loss"]))
     except OverflowError:
         metrics["perplexity"] = math.inf
     trainer.log_metrics("eval", metrics)
@@ -989,10 +1128,10 @@ def sample_count(stage, dataset, limit):
     return {} if count is None else {f"{stage}_samples": count}
 
 
-def provenance(model, tokenizer, model_args, chat_args):
+def provenance(model, tokenizer, model_args, row_format):
     """What the result is made from: base, revision, code, prompt format and versions."""
     question, prompt = [{"role": "user", "content": "..."}], None
-    if chat_args.is_chat:
+    if row_format:
         prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
     return {
         "base_model": model_args.model_name_or_path,
@@ -1023,22 +1162,21 @@ def main():
     set_up_logging(training_args)
     set_seed(training_args.seed)
 
-    raw = raw_datasets(model_args, data_args, chat_args, training_args)
+    raw, row_format = raw_datasets(model_args, data_args, chat_args, training_args)
     register_chatglm(lora_args)
     config = loaded_config(model_args)
-    tokenizer = loaded_tokenizer(model_args)
+    tokenizer = loaded_tokenizer(model_args, chat_args)
     # The data are encoded before the weights are loaded: a mistake in them shows within seconds.
-    if chat_args.is_chat:
+    if row_format:
         chat_args = within_positions(chat_args, config)
-        data = encoded_chats(raw, tokenizer, chat_args, data_args, training_args)
-        collator = chat_collator(tokenizer, chat_args)
+        data = encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_args)
     else:
         data = text_blocks(raw, tokenizer, config, data_args, training_args)
-        collator = default_data_collator
 
     model = loaded_model(model_args, lora_args, training_args, config, tokenizer)
-    origin = provenance(model, tokenizer, model_args, chat_args)
+    origin = provenance(model, tokenizer, model_args, row_format)
     model = adapted_model(model, lora_args, training_args)
+    collator = chat_collator(model, tokenizer, chat_args, training_args) if row_format else default_data_collator
     checks = training_checks()
     trainer = make_trainer(model, tokenizer, data, collator, checks, training_args)
 
@@ -1046,10 +1184,11 @@ def main():
         train(trainer, checks, origin, data_args.max_train_samples)
     if training_args.do_eval:
         evaluate_loss(trainer, data_args.max_eval_samples)
-    if training_args.do_predict:
-        from prediction import predict  # beside this script
+    for stage, split in {"eval": "questions", "predict": "test"}.items():
+        if split in data:
+            from prediction import predict  # beside this script
 
-        predict(trainer, tokenizer, data["test"], chat_args.max_target_length, padding_id(tokenizer))
+            predict(trainer, tokenizer, data[split], chat_args, padding_id(tokenizer), stage)
     publish(trainer, model_args, data_args)
 
 

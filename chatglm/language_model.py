@@ -75,9 +75,10 @@ class CausalLMMixin:
         library_loss = "shift_labels" in kwargs  # from sequence parallelism
         skip_logits = self.training if skip_logits is None else skip_logits
         loss = logits = None
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        states = states[:, kept]  # [B, N, H]
         if labels is None or library_loss or not skip_logits:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(states[:, kept])
+            logits = self.lm_head(states)
         if labels is not None and library_loss:
             kwargs |= {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
             loss = self.loss_function(logits=logits, labels=labels, **kwargs)

@@ -154,6 +154,7 @@ class ChatGLMTokenizer(PartsTokenizer):
 
     prefix = PREFIX
     end_of_pair = "</s>"
+    tools_prompt = TOOLS_PROMPT
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -207,6 +208,10 @@ class ChatGLMTokenizer(PartsTokenizer):
         # ChatGLM2 never shows special tokens, ChatGLM3 does unless told otherwise.
         skip_special_tokens = skip_special_tokens or self.generation in SECOND_GENERATION
         return super()._decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def _call_text(self, arguments: dict[str, Any]) -> str:
+        called = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        return f"```python\ntool_call({called})\n```"
 
     def _own_prompt(self, template: str) -> bool:
         return template == CHAT_TEMPLATES[self.generation]

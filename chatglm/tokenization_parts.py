@@ -80,6 +80,7 @@ class PartsTokenizer(TokenizersBackend):
     end_of_pair: str
     generation: str
     roles: dict[str, str]  # role tokens by role; none where the prompt is made of rounds
+    tools_prompt = ""  # content of a system message that is there for its tools only
 
     @classmethod
     def convert_to_native_format(cls, **kwargs) -> dict[str, Any]:
@@ -109,6 +110,29 @@ class PartsTokenizer(TokenizersBackend):
         """Ids of the last message and the cue for a reply, to go on from a cache that holds all before them."""
         ids = self.apply_chat_template(messages[-1:], add_generation_prompt=True)["input_ids"]
         return ids[len(self.prefix) :]
+
+    def written_tool_calls(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Messages whose `tool_calls`, as other models' templates take them, are written as this model writes calls.
+
+        A call is an assistant message with the function's name as metadata. Raises ValueError where the model's
+        prompt has no place for calls or tools.
+        """
+        written = []
+        for message in messages:
+            calls = [call["function"] for call in message.get("tool_calls") or []]
+            if (calls or message.get("metadata")) and not self.roles:
+                raise ValueError(f"{self.generation} has no prompt for calls of tools; ChatGLM3 and GLM-4 have.")
+            if message.get("tools") and not message["content"]:
+                message = {**message, "content": self.tools_prompt}
+            rest = {name: value for name, value in message.items() if name != "tool_calls"}
+            if not calls or rest["content"]:
+                written.append(rest)
+            texts = [(call["name"], self._call_text(call["arguments"])) for call in calls]
+            written += [{**rest, "metadata": name, "content": text} for name, text in texts]
+        return written
+
+    def _call_text(self, arguments: dict[str, Any]) -> str:
+        return json.dumps(arguments, ensure_ascii=False)
 
     def _own_prompt(self, template: str) -> bool:
         """Whether `_parts` makes the prompt that a template describes."""

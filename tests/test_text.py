@@ -109,9 +109,8 @@ def folder_dataset(tmp_path):
 
 def test_streamed_split_loses_no_row(folder_dataset):
     args = run_chatglm_lora.DataTrainingArguments(dataset_name=str(folder_dataset), streaming=True)
-    options = {"streaming": True}
     train = load_dataset(str(folder_dataset), split="train", streaming=True)
-    parts = run_chatglm_lora.train_and_validation(train, (str(folder_dataset),), options, args)
+    parts = run_chatglm_lora.train_and_validation(train, args)
     rows = [[row["text"] for row in part] for part in parts]
     assert rows == [LINES[5:100], LINES[:5]]
 

@@ -1,0 +1,217 @@
+"""Batches of encoded conversations: padded, or laid end to end; and scores over their trained tokens.
+
+Shapes: B rows, S positions (of a padded row, or of all rows end to end), N positions whose logits are computed.
+"""
+
+import inspect
+import math
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from peft import PeftModel
+from torch.nn.functional import log_softmax
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+
+IGNORE_INDEX = -100
+ROWWISE = "sdpa_rowwise"
+
+
+@dataclass
+class PaddedCollator:
+    """Rows padded on the right to the longest one, rounded up to a multiple of 8, or to `length`.
+
+    With `answers_only` the model is told, as `logits_to_keep` [N], to make logits where some row has a label for the
+    next token, and labels are [B, N]; else labels are [B, S]. In both the label of a position is what the model should
+    say one position before it. It pads by itself: `tokenizer.pad` is where tokenizers that come with checkpoints
+    break on newer libraries.
+    """
+
+    pad_token_id: int
+    label_pad_id: int = IGNORE_INDEX
+    length: int | None = None
+    answers_only: bool = False
+
+    def __call__(self, rows):
+        width = self.length or math.ceil(max(len(row["input_ids"]) for row in rows) / 8) * 8
+        fills = {"input_ids": self.pad_token_id, "labels": self.label_pad_id, "attention_mask": 0}
+        rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+        batch = {
+            name: torch.tensor([list(row[name]) + [fill] * (width - len(row[name])) for row in rows])  # [B, S]
+            for name, fill in fills.items()
+        }
+        if self.answers_only:
+            labels = batch["labels"]
+            kept = (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero()[:, 0]  # [N - 1]
+            batch["labels"] = torch.cat([torch.full_like(labels[:, :1], IGNORE_INDEX), labels[:, kept + 1]], dim=1)
+            batch["logits_to_keep"] = torch.cat([kept, kept.new_tensor([width - 1])])
+        return batch
+
+
+class FlattenedCollator:
+    """Rows laid end to end, [1, S], without padding; each attends to itself only, and its positions begin at 0.
+
+    Logits are made where the next token has a label, and at the end of each row: `logits_to_keep` [N]. The labels
+    [1, N] of a row begin with -100, so that they are one position ahead of the logits, as everywhere.
+    """
+
+    def __call__(self, rows):
+        ids, positions, labels, kept, ends = [], [], [], [], [0]
+        for row in rows:
+            starts = [0, len(row["input_ids"])]
+            if "position_ids" in row:  # several rows in a pack
+                starts = [i for i, position in enumerate(row["position_ids"]) if position == 0] + starts[1:]
+            for start, end in pairwise(starts):
+                trained = [i for i in range(start + 1, end) if row["labels"][i] != IGNORE_INDEX]
+                labels += [IGNORE_INDEX] + [row["labels"][i] for i in trained]
+                kept += [ends[-1] + i - start - 1 for i in trained] + [ends[-1] + end - start - 1]
+                positions += range(end - start)
+                ends.append(ends[-1] + end - start)
+            ids += row["input_ids"]
+        bounds, longest = torch.tensor(ends, dtype=torch.int32), max(b - a for a, b in pairwise(ends))
+        return {
+            "input_ids": torch.tensor([ids]),
+            "position_ids": torch.tensor([positions]),
+            "labels": torch.tensor([labels]),
+            "logits_to_keep": torch.tensor(kept),
+            # what flash attention knows the rows by, and what ours does: a list, which needs no wait for the GPU
+            **{"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest},
+            "row_ends": ends,
+        }
+
+
+def packed(batch, length):
+    """Map function: rows gathered into packs of at most `length` tokens; `position_ids` begin at 0 in each row.
+
+    Longest rows first, each into the fullest pack that still has room for it. Raises a ValueError for a longer row.
+    """
+    sizes = [len(ids) for ids in batch["input_ids"]]
+    if max(sizes) > length:
+        raise ValueError(f"--pack_to_length {length} does not hold a row of {max(sizes)} tokens: raise it.")
+    packs, room = [], []  # room: sorted [(free tokens, number of the pack)]
+    for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
+        place = bisect_left(room, (sizes[row],))
+        free, pack = room.pop(place) if place < len(room) else (length, len(packs))
+        if pack == len(packs):
+            packs.append([])
+        packs[pack].append(row)
+        insort(room, (free - sizes[row], pack))
+    return {
+        "input_ids": [[token for row in pack for token in batch["input_ids"][row]] for pack in packs],
+        "labels": [[label for row in pack for label in batch["labels"][row]] for pack in packs],
+        "position_ids": [[position for row in pack for position in range(sizes[row])] for pack in packs],
+    }
+
+
+# --------------------------------------------------------------------------------------------- what a model can take
+
+
+def base_of(model):
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def takes_flattened(model, training_args) -> bool:
+    """Whether a model keeps rows that lie end to end apart: those that flash attention can run without padding.
+
+    Not so with a trained prefix, which stands before each row, nor where a batch is cut along its first dimension.
+    """
+    base = base_of(model)
+    prefix = getattr(base.config, "pre_seq_len", None) or getattr(model, "active_peft_config", None)
+    prefix = prefix if isinstance(prefix, int) else getattr(prefix, "is_prompt_learning", False)
+    apart = getattr(base, "_supports_flash_attn", False) and getattr(base, "_supports_attention_backend", False)
+    return bool(apart and not getattr(base, "_is_stateful", False) and not prefix and training_args.n_gpu <= 1)
+
+
+def takes_logits_to_keep(model) -> bool:
+    """Whether a model makes logits at chosen positions; virtual tokens of PEFT would move the positions."""
+    config = getattr(model, "active_peft_config", None)
+    moved = getattr(config, "is_prompt_learning", False)
+    return not moved and "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
+
+
+def chat_collator(model, padding_id, chat_args, training_args, longest):
+    """The collator for what the flags ask for and the model can take; it also sets the model's attention."""
+    base = base_of(model)
+    # Batches of a stream go to each process whole: logits_to_keep and the rows' ends must not be cut into shares.
+    training_args.accelerator_config.dispatch_batches = False
+    if chat_args.padding_free and not chat_args.pad_to_max_length and takes_flattened(model, training_args):
+        windows = getattr(base.config, "sliding_window", None) and getattr(base.config, "use_sliding_window", True)
+        if base.config._attn_implementation == "sdpa" and not windows:
+            base.set_attn_implementation(ROWWISE)
+        return FlattenedCollator()
+    if chat_args.pack_to_length:
+        raise ValueError("--pack_to_length: this model cannot keep rows that lie end to end apart: drop the flag.")
+    return PaddedCollator(
+        pad_token_id=padding_id,
+        label_pad_id=IGNORE_INDEX if chat_args.ignore_pad_token_for_loss else padding_id,
+        length=longest if chat_args.pad_to_max_length else None,
+        answers_only=not chat_args.pad_to_max_length and takes_logits_to_keep(model),
+    )
+
+
+def rowwise_attention(module, query, key, value, attention_mask, row_ends=None, **kwargs):
+    """sdpa row by row over a flattened batch, query [1, heads, S, d]; sdpa over any other.
+
+    One mask over all rows would make each attend to all others, only to throw that away: 8 times the work in a batch
+    of 8 rows.
+    """
+    if row_ends is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    rows = [
+        sdpa_attention_forward(module, *(states[:, :, start:end] for states in (query, key, value)), None, **kwargs)[0]
+        for start, end in pairwise(row_ends)
+    ]
+    return torch.cat(rows, dim=1), None  # [1, S, heads, d]
+
+
+def rowwise_mask(*args, attention_mask=None, **kwargs):
+    """No mask where there is no padding: each row is causal in itself."""
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(ROWWISE, rowwise_attention)
+AttentionMaskInterface.register(ROWWISE, rowwise_mask)
+
+
+# ---------------------------------------------------------------------------------------------------------- scores
+
+
+def row_scores(logits, labels, flattened):
+    """[B, 3]: right tokens, trained tokens and their summed loss in each row. Labels are one position ahead of logits.
+
+    It stands between the model and Trainer, so that no logits [B, N, V] are kept.
+    """
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    logits = logits[:, -labels.shape[1] :]  # without the virtual tokens of a trained prompt
+    targets = labels[:, 1:]
+    trained = targets != IGNORE_INDEX
+    count, rows = len(labels), torch.arange(len(labels), device=labels.device)[:, None].expand_as(targets)
+    if flattened:  # a row begins at a -100 before a label; others fill up to the length of other processes
+        begins = (labels[:, :-1] == IGNORE_INDEX) & trained
+        count, rows = int(begins.sum()), begins.cumsum(dim=1) - 1
+    scored, targets, rows = logits[:, :-1][trained], targets[trained], rows[trained]  # [N, V], [N], [N]
+    losses = -log_softmax(scored.float(), dim=-1).gather(1, targets[:, None])[:, 0]
+    columns = torch.stack([(scored.argmax(dim=-1) == targets).float(), torch.ones_like(losses), losses], dim=1)
+    return columns.new_zeros(count, 3).index_add_(0, rows, columns)
+
+
+class TokenScores:
+    """Accuracy and loss over all trained tokens of an evaluation, however they lie in batches and processes.
+
+    Called by Trainer for each batch (--batch_eval_metrics), so that memory does not grow with the rows.
+    """
+
+    def __init__(self):
+        self.sums = torch.zeros(3, dtype=torch.float64)
+
+    def __call__(self, evaluation, compute_result):
+        self.sums += torch.as_tensor(evaluation.predictions).double().sum(dim=0).cpu()
+        if not compute_result:
+            return {}
+        right, trained, loss = self.sums.tolist()
+        self.__init__()
+        return {"accuracy": right / trained, "token_loss": loss / trained}
