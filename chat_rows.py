@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 import datasets
+import numpy as np
 
 
 logger = logging.getLogger("run_chatglm_lora.data")
@@ -99,7 +100,25 @@ def nearest(name, names) -> str:
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
+def format_of(columns, chat_args) -> RowFormat | None:
+    """The format of splits with these columns, {split: names}; the training rows decide where there are any."""
+    split = next((split for split in ("train", "validation", "test") if split in columns), next(iter(columns)))
+    return row_format(columns[split], chat_args, questions_only=split == "test")
+
+
 # ------------------------------------------------------------------------------------------------------------ files
+
+
+def read(files, chat_args, streaming, cache_dir):
+    """The rows of the files of each split and their format; (None, None) where `load_dataset` is to read them: text,
+    and files of other types."""
+    paths = [path for paths in files.values() for path in paths]
+    if not paths or chat_args.data_format == "text" or not read_here(paths):
+        return None, None
+    found = format_of({split: first_columns(paths) for split, paths in files.items()}, chat_args)
+    if found is None:
+        return None, None
+    return {split: dataset_of_rows(paths, streaming, cache_dir) for split, paths in files.items()}, found
 
 
 def files_in(folder, config_name=None) -> dict[str, list[str]]:
@@ -432,3 +451,75 @@ def as_template_takes_them(messages, tokenizer) -> tuple[list[dict], list | None
 
 def is_list_of_objects(tools) -> bool:
     return isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+
+
+# ----------------------------------------------------------------------------------- rows that give no examples
+
+
+def skipped(error, chat_args) -> str:
+    """What is wrong with a bad row, where bad rows are skipped; else the error is raised."""
+    if chat_args.skip_bad_rows:
+        return str(error)
+    raise error
+
+
+def rows_of(batch) -> list[dict]:
+    """A batch of `datasets.map`, {column: values}, as a list of rows."""
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+def with_trained_tokens(encoded, split, rows, chat_args, training_args):
+    """The examples that have something to train on; what was dropped or cut is logged, with row numbers."""
+    extra = ["source_cut", "target_cut", "row", "problem"]
+    if isinstance(encoded, datasets.IterableDataset):
+        return encoded.filter(lambda example: warned_if_empty(example, split)).remove_columns(extra)
+    encoded = without_bad_rows(encoded, split, rows, training_args)
+    kept = np.flatnonzero(encoded.with_format("numpy")["length"][:])
+    if len(kept) < len(encoded):
+        dropped = sorted(set(encoded["row"][:]) - set(encoded.select(kept)["row"][:]))
+        encoded = encoded.select(kept)
+        named = ", ".join(str(number + 1) for number in dropped)
+        logger.warning(
+            f"{len(dropped)} of {len(rows)} {split} rows have no question or no answer to train on and are dropped: "
+            f"{named[:500]}"
+        )
+    if len(encoded) == 0:
+        raise ValueError(f"No {split} row has an answer to train on: see --data_format and the column flags.")
+    for name, flag in {"source_cut": "max_source_length", "target_cut": "max_target_length"}.items():
+        share = np.mean(encoded.with_format("numpy")[name][:])
+        if share > 0.01:
+            limit = f"--{flag} {getattr(chat_args, flag)}"
+            logger.warning(f"{share:.1%} of the {split} examples are cut by {limit}: raise it to keep all of them.")
+    return encoded.remove_columns(extra)
+
+
+def warned_if_empty(example, split) -> bool:
+    """Whether a streamed example has something to train on; if not, its row is logged."""
+    if not example["input_ids"] and not example["problem"]:
+        logger.warning(f"{split} row {example['row'] + 1} has no question or no answer and is dropped.")
+    return bool(example["input_ids"])
+
+
+def without_bad_rows(encoded, split, rows, training_args):
+    """The examples of good rows. The bad ones are counted and listed, with what is wrong, in bad_rows_SPLIT.jsonl."""
+    path = Path(training_args.output_dir, f"bad_rows_{split}.jsonl")
+    if isinstance(encoded, datasets.IterableDataset):
+        return encoded.filter(lambda example: example["problem"] is None or not listed(example, path))
+    good = np.flatnonzero([problem is None for problem in encoded["problem"]])
+    bad = encoded.select(np.flatnonzero([problem is not None for problem in encoded["problem"]]))
+    if len(bad) == 0:
+        return encoded
+    if training_args.should_save:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        for example in bad:
+            listed({**rows[example["row"]], "problem": example["problem"]}, path)
+    logger.warning(f"{len(bad)} of {len(rows)} {split} rows are bad and left out; they are listed in {path}.")
+    return encoded.select(good)
+
+
+def listed(row, path) -> bool:
+    """Append a row, with what is wrong with it, to a file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    return True

@@ -181,6 +181,8 @@ class ChatArguments:
             raise ValueError("--response_column and --history_column belong to a --prompt_column: name it too.")
         if self.data_format in ("text", "messages") and (self.prompt_column or self.response_column):
             raise ValueError(f"--data_format {self.data_format} has no --prompt_column and no --response_column.")
+        if chat_rows is None and (self.prompt_column or self.data_format not in ("auto", "text")):
+            raise ValueError("Conversations need chat_rows.py and batches.py in the folder of this script.")
         for flag in ("max_source_length", "max_target_length", "num_beams"):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag} must be at least 1, not {getattr(self, flag)}.")
@@ -342,37 +344,19 @@ def raw_datasets(model_args, data_args, chat_args, training_args):
     else:
         raise ValueError("There are no data: pass --train_file, --validation_file, --test_file or --dataset_name.")
 
-    row_format = found_format(files, chat_args)
-    if row_format:
-        streaming, cache_dir = data_args.streaming, model_args.cache_dir
-        raw = {split: chat_rows.dataset_of_rows(paths, streaming, cache_dir) for split, paths in files.items()}
-    else:
+    raw = row_format = None
+    if chat_rows:
+        raw, row_format = chat_rows.read(files, chat_args, data_args.streaming, model_args.cache_dir)
+    if raw is None:
         raw = load_dataset(*source, **options)
-        row_format = known_format({split: column_names(rows) for split, rows in raw.items()}, chat_args)
+        columns = {split: column_names(rows) for split, rows in raw.items()}
+        row_format = chat_rows.format_of(columns, chat_args) if chat_rows else None
     logger.info(f"Data format: {row_format or 'text'} (--data_format {chat_args.data_format})")
     # Chat data are all trained on unless an evaluation is asked for; text is split as run_clm.py does, always.
     if "validation" not in raw and "train" in raw and (training_args.do_eval or not row_format):
         raw["train"], raw["validation"] = train_and_validation(raw["train"], data_args)
     check_splits(raw, row_format, training_args)
     return raw, row_format
-
-
-def found_format(files, chat_args):
-    """The chat format of csv and json files; None if they hold text, or are to be read by `load_dataset`."""
-    if not files or not chat_rows or not chat_rows.read_here(chain.from_iterable(files.values())):
-        return None
-    return known_format({split: chat_rows.first_columns(paths) for split, paths in files.items()}, chat_args)
-
-
-def known_format(columns, chat_args):
-    """The chat format of splits with these columns, {split: names}; the training rows decide where there are any."""
-    wanted = chat_args.data_format not in ("auto", "text") or chat_args.prompt_column
-    if wanted and not chat_rows:
-        raise ValueError("Conversations need chat_rows.py and batches.py in the folder of this script.")
-    if not chat_rows or chat_args.data_format == "text":
-        return None
-    split = next((split for split in ("train", "validation", "test") if split in columns), next(iter(columns)))
-    return chat_rows.row_format(columns[split], chat_args, questions_only=split == "test")
 
 
 def train_and_validation(train, data_args):
@@ -677,7 +661,7 @@ def encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_arg
         rows = capped(raw[split], limits[split])
         own = {**options, "split": split, "apart": apart}
         data[split] = encoded_split(rows, encoded_rows, own, data_args, training_args)
-        data[split] = with_trained_tokens(data[split], split, rows, chat_args, training_args)
+        data[split] = chat_rows.with_trained_tokens(data[split], split, rows, chat_args, training_args)
     asked = {"test": (raw.get("test"), chat_args.max_predict_samples)} if training_args.do_predict else {}
     if training_args.do_eval and chat_args.predict_with_generate:
         asked["questions"] = (raw["validation"], limits["validation"])
@@ -685,7 +669,7 @@ def encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_arg
         rows = capped(rows, limit)
         own = {**options, "split": split}
         data[split] = encoded_split(rows, encoded_prompts, own, data_args, training_args)
-        data[split] = without_bad_rows(data[split], split, rows, training_args)
+        data[split] = chat_rows.without_bad_rows(data[split], split, rows, training_args)
     if chat_args.pack_to_length and "train" in data:
         options = {"fn_kwargs": {"length": chat_args.pack_to_length}, "remove_columns": list(EMPTY_EXAMPLE)[:3]}
         data["train"] = mapped(data["train"], batches.packed, "packing rows", data_args, training_args, **options)
@@ -718,15 +702,10 @@ def encoding_fingerprint(rows, options) -> str:
     return Hasher.hash(parts)
 
 
-def rows_of(batch) -> list[dict]:
-    """A batch of `datasets.map`, {column: values}, as a list of rows."""
-    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-
-
 def encoded_rows(batch, indices, tokenizer, row_format, chat_args, split, apart):
     """Map function: examples of the rows. A row with nothing to train on gives one without ids."""
     read, rows = [], []  # read: [(row number, place, messages)]
-    for number, cells in zip(indices, rows_of(batch), strict=True):
+    for number, cells in zip(indices, chat_rows.rows_of(batch), strict=True):
         place = chat_rows.place_of(cells, f"{split} row {number + 1}")
         try:
             messages = chat_rows.conversation(cells, row_format, place, chat_args.system_prompt)
@@ -734,7 +713,7 @@ def encoded_rows(batch, indices, tokenizer, row_format, chat_args, split, apart)
             read += [(number, place, piece) for piece in pieces]
             problem = None
         except chat_rows.BadRow as error:
-            pieces, problem = [], skipped(error, chat_args)
+            pieces, problem = [], chat_rows.skipped(error, chat_args)
         if not pieces:
             rows.append({**EMPTY_EXAMPLE, "row": number, "problem": problem})
     rows += examples_of(read, tokenizer, chat_args)
@@ -753,15 +732,8 @@ def examples_of(read, tokenizer, chat_args) -> list[dict]:
         if len(read) > 1:
             return list(chain.from_iterable(examples_of([row], tokenizer, chat_args) for row in read))
         number, place, _ = read[0]
-        problem = skipped(chat_rows.BadRow(f"{place}: {error}"), chat_args)
+        problem = chat_rows.skipped(chat_rows.BadRow(f"{place}: {error}"), chat_args)
         return [{**EMPTY_EXAMPLE, "row": number, "problem": problem}]
-
-
-def skipped(error, chat_args) -> str:
-    """What is wrong with a bad row, where bad rows are skipped; else the error is raised."""
-    if chat_args.skip_bad_rows:
-        return str(error)
-    raise error
 
 
 def encoded_prompts(batch, indices, tokenizer, row_format, chat_args, split):
@@ -770,7 +742,7 @@ def encoded_prompts(batch, indices, tokenizer, row_format, chat_args, split):
     The question is the last message before the answer, which is never in the prompt.
     """
     rows = []
-    for number, cells in zip(indices, rows_of(batch), strict=True):
+    for number, cells in zip(indices, chat_rows.rows_of(batch), strict=True):
         place = chat_rows.place_of(cells, f"{split} row {number + 1}")
         row = {"input_ids": [], "prompt": None, "reference": None, "row": number, "problem": None}
         try:
@@ -783,66 +755,9 @@ def encoded_prompts(batch, indices, tokenizer, row_format, chat_args, split):
             short = without_oldest_turns(tokenizer, messages, chat_args.max_source_length)[:-1]
             row["input_ids"] = prompt_ids(tokenizer, short)
         except chat_rows.BadRow as error:
-            row["problem"] = skipped(error, chat_args)
+            row["problem"] = chat_rows.skipped(error, chat_args)
         rows.append(row)
     return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def with_trained_tokens(encoded, split, rows, chat_args, training_args):
-    """The examples that have something to train on; what was dropped or cut is logged, with row numbers."""
-    extra = ["source_cut", "target_cut", "row", "problem"]
-    if isinstance(encoded, IterableDataset):
-        return encoded.filter(lambda example: warned_if_empty(example, split)).remove_columns(extra)
-    encoded = without_bad_rows(encoded, split, rows, training_args)
-    kept = np.flatnonzero(encoded.with_format("numpy")["length"][:])
-    if len(kept) < len(encoded):
-        dropped = sorted(set(encoded["row"][:]) - set(encoded.select(kept)["row"][:]))
-        encoded = encoded.select(kept)
-        named = ", ".join(str(number + 1) for number in dropped)
-        logger.warning(
-            f"{len(dropped)} of {len(rows)} {split} rows have no question or no answer to train on and are dropped: "
-            f"{named[:500]}"
-        )
-    if len(encoded) == 0:
-        raise ValueError(f"No {split} row has an answer to train on: see --data_format and the column flags.")
-    for name, flag in {"source_cut": "max_source_length", "target_cut": "max_target_length"}.items():
-        share = np.mean(encoded.with_format("numpy")[name][:])
-        if share > 0.01:
-            limit = f"--{flag} {getattr(chat_args, flag)}"
-            logger.warning(f"{share:.1%} of the {split} examples are cut by {limit}: raise it to keep all of them.")
-    return encoded.remove_columns(extra)
-
-
-def warned_if_empty(example, split) -> bool:
-    """Whether a streamed example has something to train on; if not, its row is logged."""
-    if not example["input_ids"] and not example["problem"]:
-        logger.warning(f"{split} row {example['row'] + 1} has no question or no answer and is dropped.")
-    return bool(example["input_ids"])
-
-
-def without_bad_rows(encoded, split, rows, training_args):
-    """The examples of good rows. The bad ones are counted and listed, with what is wrong, in bad_rows_SPLIT.jsonl."""
-    path = Path(training_args.output_dir, f"bad_rows_{split}.jsonl")
-    if isinstance(encoded, IterableDataset):
-        return encoded.filter(lambda example: example["problem"] is None or not listed(example, path))
-    good = np.flatnonzero([problem is None for problem in encoded["problem"]])
-    bad = encoded.select(np.flatnonzero([problem is not None for problem in encoded["problem"]]))
-    if len(bad) == 0:
-        return encoded
-    if training_args.should_save:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        for example in bad:
-            listed({**rows[example["row"]], "problem": example["problem"]}, path)
-    logger.warning(f"{len(bad)} of {len(rows)} {split} rows are bad and left out; they are listed in {path}.")
-    return encoded.select(good)
-
-
-def listed(row, path) -> bool:
-    """Append a row, with what is wrong with it, to a file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-    return True
 
 
 def chat_collator(model, tokenizer, chat_args, training_args):
