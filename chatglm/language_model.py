@@ -19,6 +19,10 @@ PREFIX_DROPOUT = 0.1
 TRAINED_WITH_PREFIX = ("prefix_encoder.", "classifier_head.")
 
 
+def summed_cross_entropy(states: torch.Tensor, targets: torch.Tensor, output_layer: nn.Module) -> torch.Tensor:
+    return nn.functional.cross_entropy(output_layer(states).float(), targets, reduction="sum")
+
+
 class SummedCrossEntropy(torch.autograd.Function):
     """Cross entropy summed over positions, whose gradients are made with the value, `LOSS_ROWS` positions at a time.
 
@@ -33,7 +37,7 @@ class SummedCrossEntropy(torch.autograd.Function):
         for rows, labels in zip(states.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True):
             with torch.enable_grad():
                 rows = rows.detach().requires_grad_()
-                loss = nn.functional.cross_entropy(output_layer(rows).float(), labels, reduction="sum")
+                loss = summed_cross_entropy(rows, labels, output_layer)
             by_rows, *added = torch.autograd.grad(loss, (rows, *weights), materialize_grads=True)
             by_states.append(by_rows)
             for gradient, more in zip(by_weights, added, strict=True):
@@ -67,14 +71,14 @@ def causal_lm_loss(
     targets = targets.to(states.device)
     labelled = targets != ignore_index  # [B, S]
     states, targets = states[labelled], targets[labelled]  # [N, H], [N]
-    if torch.is_grad_enabled():
-        weights = [weight for weight in output_layer.parameters() if weight.requires_grad]
-        total = SummedCrossEntropy.apply(states, targets, output_layer, *weights)
-    else:
+    weights = [weight for weight in output_layer.parameters() if weight.requires_grad]
+    if not torch.is_grad_enabled():
         chunks = zip(states.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
-        total = sum(
-            nn.functional.cross_entropy(output_layer(rows).float(), labels, reduction="sum") for rows, labels in chunks
-        )
+        total = sum(summed_cross_entropy(*chunk, output_layer) for chunk in chunks)
+    elif all(weight.numel() for weight in weights):
+        total = SummedCrossEntropy.apply(states, targets, output_layer, *weights)
+    else:  # ZeRO-3 takes a weight away while its layer is not at work, and no gradient fits what is left
+        total = summed_cross_entropy(states, targets, output_layer)
     if torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
