@@ -14,34 +14,88 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 
+LOSS_ROWS = 512  # positions whose logits exist at once: 310 MB in float32 for the largest vocabulary, GLM-4's
 PREFIX_DROPOUT = 0.1
 TRAINED_WITH_PREFIX = ("prefix_encoder.", "classifier_head.")
 
 
+def summed_cross_entropy(states: torch.Tensor, targets: torch.Tensor, output_layer: nn.Module) -> torch.Tensor:
+    return nn.functional.cross_entropy(output_layer(states).float(), targets, reduction="sum")
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """Cross entropy summed over positions, whose gradients are made with the value, `LOSS_ROWS` positions at a time.
+
+    So neither logits nor probabilities are kept for the backward pass. `weights` are those of the output layer that
+    are trained. Shapes: states [N, H], targets [N], output_layer [.., H] -> [.., V].
+    """
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, targets: torch.Tensor, output_layer: nn.Module, *weights: torch.Tensor):
+        total, by_states = 0, []
+        by_weights = [torch.zeros_like(weight) for weight in weights]
+        for rows, labels in zip(states.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True):
+            with torch.enable_grad():
+                rows = rows.detach().requires_grad_()
+                loss = summed_cross_entropy(rows, labels, output_layer)
+            by_rows, *added = torch.autograd.grad(loss, (rows, *weights), materialize_grads=True)
+            by_states.append(by_rows)
+            for gradient, more in zip(by_weights, added, strict=True):
+                gradient += more
+            total = total + loss.detach()
+        ctx.save_for_backward(torch.cat(by_states), *by_weights)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale: torch.Tensor):
+        by_states, *by_weights = (gradient * scale for gradient in ctx.saved_tensors)
+        return by_states, None, None, *by_weights
+
+
+@torch.compiler.disable  # the number of labelled positions is another one in every batch
 def causal_lm_loss(
-    hidden_states: torch.Tensor,
-    labels: torch.Tensor,
+    states: torch.Tensor,
+    targets: torch.Tensor,
     output_layer: nn.Module,
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
 ) -> torch.Tensor:
-    """Cross entropy in float32, with logits computed only where the next token has a label.
+    """Cross entropy in float32, with logits computed only where there is a target, and for few positions at a time.
 
-    The value is that of the full computation: the mean over the labelled positions or, with `num_items_in_batch`,
-    their sum divided by it. The memory grows with the answers and not with the sequence: float32 logits of 1152
-    tokens over 65024 pieces are 300 MB a row.
+    The value is that of the full computation: the mean over the positions with a target or, with
+    `num_items_in_batch`, their sum divided by it. The memory grows neither with the sequence nor with the answers:
+    float32 logits of 1152 tokens over 65024 pieces are 300 MB a row.
 
-    Shapes: hidden_states [B, S, H], labels [B, S], output_layer [.., H] -> [.., V].
+    Shapes: states [B, S, H], targets [B, S] (what each position is to predict), output_layer [.., H] -> [.., V].
     """
-    targets = labels[:, 1:].to(hidden_states.device)
-    labelled = targets != ignore_index  # [B, S - 1]
-    logits = output_layer(hidden_states[:, :-1][labelled]).float()  # [N, V]
-    if num_items_in_batch is None:
-        return nn.functional.cross_entropy(logits, targets[labelled])
-    total = nn.functional.cross_entropy(logits, targets[labelled], reduction="sum")
+    targets = targets.to(states.device)
+    labelled = targets != ignore_index  # [B, S]
+    states, targets = states[labelled], targets[labelled]  # [N, H], [N]
+    weights = [weight for weight in output_layer.parameters() if weight.requires_grad]
+    if not torch.is_grad_enabled():
+        chunks = zip(states.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
+        total = sum(summed_cross_entropy(*chunk, output_layer) for chunk in chunks)
+    elif all(weight.numel() for weight in weights):
+        total = SummedCrossEntropy.apply(states, targets, output_layer, *weights)
+    else:  # ZeRO-3 takes a weight away while its layer is not at work, and no gradient fits what is left
+        total = summed_cross_entropy(states, targets, output_layer)
     if torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
+    return total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+
+
+def kept_states(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The states [B, S, H] for which the library's `logits_to_keep` asks logits.
+
+    It is the number of last positions (0: all), indices [N] or [B, N], or flags [B, S], which give [N, H].
+    """
+    if isinstance(logits_to_keep, int):
+        return states[:, slice(-logits_to_keep, None)]
+    if logits_to_keep.dim() == 1:
+        return states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return states[logits_to_keep]
+    return states.take_along_dim(logits_to_keep[..., None], dim=1)
 
 
 class CausalLMMixin:
@@ -59,31 +113,32 @@ class CausalLMMixin:
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.Tensor | None = None,
         skip_logits: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits [B, S, V] and, with `labels` [B, S], the loss; in training a loss comes without logits.
 
         `skip_logits` decides instead of the mode: False gives the logits in training too, True leaves them out in
-        evaluation. The loss is that of `causal_lm_loss`; labels are -100 where nothing is learnt. All else is as in
+        evaluation. The loss is that of `causal_lm_loss`; labels are -100 where nothing is learnt, and belong to all
+        positions or, if there are as many, to those of `logits_to_keep`. `shift_labels` are
+        instead what the positions of `logits_to_keep` are to predict, [B, S] where it keeps all. All else is as in
         the forward of `transformer`.
         """
         tokens = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
         past = {"past_key_values": past_key_values, "use_cache": use_cache}
         outputs = self.transformer(**tokens, **past, attention_mask=attention_mask, **kwargs)
         states = outputs.last_hidden_state  # [B, S, H]
-        library_loss = "shift_labels" in kwargs  # from sequence parallelism
+        kept = kept_states(states, logits_to_keep)
         skip_logits = self.training if skip_logits is None else skip_logits
         loss = logits = None
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        states = states[:, kept]  # [B, N, H]
-        if labels is None or library_loss or not skip_logits:
-            logits = self.lm_head(states)
-        if labels is not None and library_loss:
-            kwargs |= {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
-            loss = self.loss_function(logits=logits, labels=labels, **kwargs)
+        if labels is None or not skip_logits:
+            logits = self.lm_head(kept)
+        if labels is not None and shift_labels is not None:
+            loss = causal_lm_loss(kept, shift_labels.view(kept.shape[:-1]), self.lm_head, num_items_in_batch)
         elif labels is not None:
-            loss = causal_lm_loss(states, labels, self.lm_head, num_items_in_batch)
+            states = kept if labels.shape == kept.shape[:-1] else states
+            loss = causal_lm_loss(states[:, :-1], labels[:, 1:], self.lm_head, num_items_in_batch)
         return CausalLMOutputWithPast(
             logits=logits,
             loss=loss,

@@ -4,9 +4,18 @@ import copy
 
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainingArguments,
+)
 
 from chatglm import ChatGLMForConditionalGeneration
+from chatglm.language_model import LOSS_ROWS, causal_lm_loss
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +100,43 @@ def test_outputs_keep_the_librarys_form(model, batch):
     assert len(model.train()(**batch, return_dict=False, use_cache=False)) == 1
 
 
+@pytest.mark.parametrize("trained", [True, False], ids=["trained_head", "frozen_head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_loss_in_chunks_is_the_whole_one(trained, dtype):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 300, bias=False, dtype=dtype).requires_grad_(trained)
+    states = torch.randn(2, LOSS_ROWS + 100, 16, dtype=dtype, requires_grad=True)
+    targets = torch.randint(0, 300, states.shape[:2])
+    targets[:, ::7] = -100
+    learnt = [states, head.weight] if trained else [states]
+
+    whole = cross_entropy(head(states).float().flatten(0, 1), targets.flatten())
+    expected = torch.autograd.grad(3 * whole, learnt)
+    widest = []
+    handle = head.register_forward_hook(lambda module, inputs, logits: widest.append(len(logits)))
+    loss = causal_lm_loss(states, targets, head)
+    gradients = torch.autograd.grad(3 * loss, learnt)
+    handle.remove()
+    assert max(widest) == LOSS_ROWS and len(widest) == 3
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
+    assert [each.dtype for each in gradients] == [dtype] * len(learnt)
+    for gradient, other in zip(gradients, expected, strict=True):
+        assert (gradient - other).norm() < (1e-6 if dtype == torch.float32 else 1e-2) * other.norm()
+    with torch.no_grad():
+        assert causal_lm_loss(states, targets, head).item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+def test_loss_trains_an_adapter_on_the_output_layer(v3_folder, batch):
+    model = ChatGLMForConditionalGeneration.from_pretrained(v3_folder)
+    model = get_peft_model(model, LoraConfig(target_modules=["output_layer"], init_lora_weights=False))
+    expected = library_loss(model, batch)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    gradients = torch.autograd.grad(expected, weights)
+    ours = torch.autograd.grad(model.train()(**batch).loss, weights)
+    for gradient, other in zip(ours, gradients, strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-6, rtol=1e-4)
+
+
 def trainer_losses(model, rows, folder, **arguments) -> list[float]:
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -128,3 +174,55 @@ def test_flattened_rows_give_the_padded_loss_and_logits(folder, rows, batch, att
     torch.testing.assert_close(flattened.logits[0], whole.logits[batch["attention_mask"].bool()], atol=1e-5, rtol=1e-5)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def rows_apart(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention within each row of a flattened batch, as variable-length kernels do it."""
+    assert attention_mask is None
+    assert kwargs["max_length_q"] == kwargs["max_length_k"] == 12
+    assert torch.equal(kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"])
+    sizes = kwargs["cu_seq_lens_q"].diff().tolist()
+    parts = zip(*(states.split(sizes, dim=2) for states in (query, key, value)), strict=True)
+    options = {"is_causal": True, "scale": scaling, "enable_gqa": True}
+    return torch.cat([scaled_dot_product_attention(*part, **options) for part in parts], dim=2).transpose(1, 2), None
+
+
+def test_an_attention_function_of_the_users_own_gets_the_flattened_rows(folder, rows, batch):
+    AttentionInterface.register("rows_apart", rows_apart)
+    AttentionMaskInterface.register("rows_apart", lambda *args, **kwargs: None)
+    model = ChatGLMForConditionalGeneration.from_pretrained(folder).train()
+    whole, expected = gradients_of(model, **batch, use_cache=False)
+    model.set_attn_implementation("rows_apart")
+    flat = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(rows)
+    flattened, gradients = gradients_of(model, **flat, use_cache=False)
+    assert flattened.loss.item() == pytest.approx(whole.loss.item(), abs=1e-5)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("skip_logits", [True, False])
+def test_shifted_labels_say_what_the_kept_positions_predict(folder, rows, batch, skip_logits):
+    model = ChatGLMForConditionalGeneration.from_pretrained(folder).train()
+    whole, expected = gradients_of(model, **batch, use_cache=False, num_items_in_batch=torch.tensor(17))
+    flat = DataCollatorWithFlattening()(rows)
+    kept = (flat["labels"][0, 1:] != -100).nonzero()[:, 0]  # [N]
+    shift_labels = flat["labels"][:, kept + 1]  # [1, N]
+    shifted = {**flat, "logits_to_keep": kept, "shift_labels": shift_labels, "use_cache": False}
+    outputs, gradients = gradients_of(model, **shifted, num_items_in_batch=17, skip_logits=skip_logits)
+    assert outputs.loss.item() == pytest.approx(whole.loss.item(), abs=1e-5)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)
+    if skip_logits:
+        assert outputs.logits is None
+    else:
+        library = model.loss_function(outputs.logits, None, model.config.vocab_size, shift_labels=shift_labels)
+        assert library.item() == pytest.approx(model(**shifted).loss.item(), rel=1e-6)
+
+
+def test_logits_of_positions_that_differ_by_row(model, batch):
+    ids = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    full = model.eval()(**ids).logits
+    chosen = torch.tensor([[8, 11], [0, 3], [6, 7], [5, 9]])
+    torch.testing.assert_close(model(**ids, logits_to_keep=chosen).logits, full.take_along_dim(chosen[..., None], 1))
+    flags = batch["labels"] != -100
+    torch.testing.assert_close(model(**ids, logits_to_keep=flags).logits, full[flags])
