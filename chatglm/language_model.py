@@ -113,7 +113,6 @@ class CausalLMMixin:
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
-        shift_labels: torch.Tensor | None = None,
         skip_logits: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
@@ -121,10 +120,12 @@ class CausalLMMixin:
 
         `skip_logits` decides instead of the mode: False gives the logits in training too, True leaves them out in
         evaluation. The loss is that of `causal_lm_loss`; labels are -100 where nothing is learnt, and belong to all
-        positions or, if there are as many, to those of `logits_to_keep`. `shift_labels` are
-        instead what the positions of `logits_to_keep` are to predict, [B, S] where it keeps all. All else is as in
-        the forward of `transformer`.
+        positions or, if there are as many, to those of `logits_to_keep`. `shift_labels` are instead what the
+        positions of `logits_to_keep` are to predict, [B, S] where it keeps all. All else is as in the forward of
+        `transformer`.
         """
+        # Not a parameter: Trainer takes every parameter with "label" in its name for a label that each batch has.
+        shift_labels = kwargs.pop("shift_labels", None)
         tokens = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
         past = {"past_key_values": past_key_values, "use_cache": use_cache}
         outputs = self.transformer(**tokens, **past, attention_mask=attention_mask, **kwargs)
