@@ -10,6 +10,8 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from io import StringIO
 from itertools import islice
 from pathlib import Path
 
@@ -210,8 +212,8 @@ def csv_rows(path) -> Iterator[dict]:
     """The rows of a csv file with a header; every cell is text."""
     csv.field_size_limit(2**31 - 1)
     with open(path, "rb") as file:
-        check_byte_order(path, start := file.read())
-    reader = csv.DictReader(decoded(path, start).splitlines(keepends=True), restkey="", strict=True)
+        check_byte_order(path, content := file.read())
+    reader = csv.DictReader(StringIO(decoded(path, content), newline=""), restkey="", strict=True)
     try:
         for row in reader:
             place, problem = f"{path}, line {reader.line_num}", None
@@ -471,14 +473,14 @@ def rows_of(batch) -> list[dict]:
 def with_trained_tokens(encoded, split, rows, chat_args, training_args):
     """The examples that have something to train on; what was dropped or cut is logged, with row numbers."""
     extra = ["source_cut", "target_cut", "row", "problem"]
+    encoded = without_bad_rows(encoded, split, rows, training_args)
     if isinstance(encoded, datasets.IterableDataset):
         return encoded.filter(lambda example: warned_if_empty(example, split)).remove_columns(extra)
-    encoded = without_bad_rows(encoded, split, rows, training_args)
     kept = np.flatnonzero(encoded.with_format("numpy")["length"][:])
     if len(kept) < len(encoded):
-        dropped = sorted(set(encoded["row"][:]) - set(encoded.select(kept)["row"][:]))
+        dropped = set(encoded["row"][:]) - set(encoded.select(kept)["row"][:])
         encoded = encoded.select(kept)
-        named = ", ".join(str(number + 1) for number in dropped)
+        named = ", ".join(str(number + 1) for number in sorted(dropped))
         logger.warning(
             f"{len(dropped)} of {len(rows)} {split} rows have no question or no answer to train on and are dropped: "
             f"{named[:500]}"
@@ -495,7 +497,7 @@ def with_trained_tokens(encoded, split, rows, chat_args, training_args):
 
 def warned_if_empty(example, split) -> bool:
     """Whether a streamed example has something to train on; if not, its row is logged."""
-    if not example["input_ids"] and not example["problem"]:
+    if not example["input_ids"]:
         logger.warning(f"{split} row {example['row'] + 1} has no question or no answer and is dropped.")
     return bool(example["input_ids"])
 
@@ -504,22 +506,25 @@ def without_bad_rows(encoded, split, rows, training_args):
     """The examples of good rows. The bad ones are counted and listed, with what is wrong, in bad_rows_SPLIT.jsonl."""
     path = Path(training_args.output_dir, f"bad_rows_{split}.jsonl")
     if isinstance(encoded, datasets.IterableDataset):
-        return encoded.filter(lambda example: example["problem"] is None or not listed(example, path))
-    good = np.flatnonzero([problem is None for problem in encoded["problem"]])
-    bad = encoded.select(np.flatnonzero([problem is not None for problem in encoded["problem"]]))
-    if len(bad) == 0:
+        return encoded.filter(partial(is_good, path=path))
+    problems = encoded["problem"][:]
+    bad = {encoded[index]["row"]: problem for index, problem in enumerate(problems) if problem is not None}
+    if not bad:
         return encoded
     if training_args.should_save:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        for example in bad:
-            listed({**rows[example["row"]], "problem": example["problem"]}, path)
+        lines = [{**rows[number], "problem": problem} for number, problem in bad.items()]
+        path.write_text("".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines), "utf-8")
     logger.warning(f"{len(bad)} of {len(rows)} {split} rows are bad and left out; they are listed in {path}.")
-    return encoded.select(good)
+    return encoded.select([index for index, problem in enumerate(problems) if problem is None])
 
 
-def listed(row, path) -> bool:
-    """Append a row, with what is wrong with it, to a file."""
+def is_good(example, path) -> bool:
+    """Whether a streamed example comes from a good row; a bad one is logged and listed, each time it is met."""
+    if example["problem"] is None:
+        return True
+    logger.warning(f"{example['problem']} The row is left out; such rows are listed in {path}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-    return True
+        file.write(json.dumps({"row": example["row"] + 1, "problem": example["problem"]}, ensure_ascii=False) + "\n")
+    return False

@@ -1,0 +1,285 @@
+"""From files to messages: every format, every file type, and one sentence for each mistake in the data."""
+
+import json
+import logging
+
+import pytest
+from datasets import Dataset
+from tiny import results, write_jsonl
+
+import run_chatglm_lora
+from chat_rows import BadRow, RowFormat, columns_of_rows, conversation, format_of, read_rows
+from run_chatglm_lora import ChatArguments, listed_files
+
+
+ARGS = ChatArguments()
+PAIR = RowFormat("prompt_response", "prompt", "response", "history")
+INSTRUCTION = RowFormat("instruction", "instruction", "output", "history")
+MESSAGES = RowFormat("messages", messages="messages")
+WEATHER = {"name": "get_weather", "description": "天气", "parameters": {"type": "object", "default": None}}
+
+
+def said(*contents):
+    """Messages of user and assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def rows(path):
+    return [(json.loads(row["row"]), row["place"].removeprefix(f"{path}, ")) for row in read_rows([str(path)])]
+
+
+@pytest.mark.parametrize(
+    "columns, flags, expected",
+    [
+        (["prompt", "response", "history"], {}, PAIR),
+        (["input", "target"], {}, RowFormat("prompt_response", "input", "target", "history")),
+        (["content", "summary"], {}, RowFormat("prompt_response", "content", "summary", "history")),
+        (["instruction", "input", "output"], {}, INSTRUCTION),
+        (["conversations", "tools"], {}, RowFormat("messages", messages="conversations")),
+        (["messages", "text"], {}, MESSAGES),
+        (["text", "label"], {}, None),
+        (["prompt", "response"], {"data_format": "text"}, None),
+        (["q", "a"], {"prompt_column": "q", "response_column": "a"}, RowFormat("prompt_response", "q", "a")),
+        (
+            ["task", "input", "result"],
+            {"data_format": "instruction", "prompt_column": "task", "response_column": "result"},
+            RowFormat("instruction", "task", "result"),
+        ),
+    ],
+)
+def test_format_follows_flags_then_known_names_then_is_text(columns, flags, expected):
+    assert format_of({"train": columns}, ChatArguments(**flags)) == expected
+
+
+def test_rows_to_answer_need_no_answer_column():
+    assert format_of({"test": ["prompt"]}, ARGS) == PAIR
+    assert format_of({"train": ["prompt"]}, ARGS) is None
+
+
+def test_column_that_is_missing_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match=r"no column 'messages' but \['mesages'\]. Did you mean 'mesages'\?"):
+        format_of({"train": ["mesages"]}, ChatArguments(data_format="messages"))
+
+
+@pytest.mark.parametrize("history", [None, [], "", "[]"])
+def test_missing_null_and_empty_histories_are_the_same(history):
+    row = {"prompt": "q", "response": "a"}
+    assert conversation(row, PAIR, "row 1") == conversation({**row, "history": history}, PAIR, "") == said("q", "a")
+
+
+def test_history_comes_before_the_question_and_may_be_json_text():
+    row = {"prompt": "q", "response": "a", "history": '[["你", "好"]]'}
+    assert conversation(row, PAIR, "") == said("你", "好", "q", "a")
+
+
+@pytest.mark.parametrize("empty", [{}, {"input": ""}, {"input": None}])
+def test_instruction_and_input_are_joined_by_a_newline(empty):
+    row = {"instruction": "译", "output": "door"}
+    assert conversation({**row, **empty}, INSTRUCTION, "") == said("译", "door")
+    assert conversation({**row, "input": "门"}, INSTRUCTION, "") == said("译\n门", "door")
+
+
+def test_system_message_is_the_row_s_own_or_that_of_the_flag():
+    row, role = {"instruction": "谁", "output": "臣妾"}, {"role": "system", "content": "你是甄嬛"}
+    assert conversation(row, INSTRUCTION, "", "你是甄嬛") == [role, *said("谁", "臣妾")]
+    assert conversation({**row, "system": "你是皇帝"}, INSTRUCTION, "", "你是甄嬛")[0]["content"] == "你是皇帝"
+
+
+def test_sharegpt_and_openai_rows_are_the_same_conversation():
+    turns = {"human": "北京天气", "function_call": '{"name": "get_weather", "arguments": {"city": "北京"}}'}
+    turns |= {"observation": "22 度", "gpt": "二十二度"}
+    sharegpt = {"conversations": [{"from": role, "value": text} for role, text in turns.items()]}
+    call = {"type": "function", "function": {"name": "get_weather", "arguments": '{"city": "北京"}'}}
+    openai = [
+        {"role": "user", "content": "北京天气"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "22 度"}, {"role": "assistant", "content": "二十二度"},
+    ]  # fmt: skip
+    messages = conversation({"messages": openai}, MESSAGES, "")
+    assert messages == conversation(sharegpt, RowFormat("messages", messages="conversations"), "")
+    assert messages[1]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": {"city": "北京"}}
+    assert messages[2] == {"role": "observation", "content": "22 度"}
+
+
+def test_tool_turn_is_a_call_and_an_observation():
+    turn = {"role": "tool", "name": "f", "parameters": {"n": 3}, "observation": {"t": "高"}, "loss": False}
+    call, observation = conversation({"messages": [*said("q"), turn]}, MESSAGES, "")[1:]
+    assert (call["role"], call["loss"]) == ("assistant", False)
+    assert call["tool_calls"][0]["function"] == {"name": "f", "arguments": {"n": 3}}
+    assert observation == {"role": "observation", "content": '{"t": "高"}'}
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "简短"}]])
+def test_tools_of_a_row_stand_in_its_first_system_message(system):
+    row = {"messages": [*system, *said("q", "a")], "tools": [WEATHER]}
+    messages = conversation({"row": json.dumps(row), "place": "", "problem": None}, MESSAGES, "")
+    assert messages[0] == {"role": "system", "content": "简短" if system else "", "tools": [WEATHER]}
+    assert messages[1:] == said("q", "a")
+
+
+def test_nulls_that_an_arrow_table_adds_leave_no_trace():
+    """Rows whose tools have other keys: Arrow gives all rows all keys, and null where there was nothing."""
+    given = [
+        {"messages": said("q", "a"), "tools": [{"name": "f", "strict": True}]},
+        {"messages": [*said("q"), {"role": "assistant", "content": "a", "loss": False}], "tools": [{"name": "g"}]},
+    ]
+    for before, after in zip(given, Dataset.from_list(given), strict=True):
+        assert conversation(after, MESSAGES, "") == conversation(before, MESSAGES, "")
+
+
+PLACE = r"train row 7, column 'messages', message 2: "
+
+
+@pytest.mark.parametrize(
+    "row, row_format, sentence",
+    [
+        ({"prompt": 5, "response": "a"}, PAIR, r"column 'prompt': 5 \(a number\) is found, text is expected"),
+        ({"prompt": "q", "response": ["a"]}, PAIR, r"column 'response': \[\"a\"\] \(a list\) is found"),
+        ({"prompt": "q", "respnse": "a"}, PAIR, "no column 'response' but .* Did you mean 'respnse'"),
+        ({"prompt": "q", "response": "a", "history": [["x"]]}, PAIR, r"column 'history': .* \(a list\) is not a"),
+        ({"prompt": "q", "response": "a", "history": "[["}, PAIR, "column 'history': .* is not JSON for a list"),
+        ({"messages": "none"}, MESSAGES, "a list of messages is expected"),
+        ({"messages": []}, MESSAGES, "a list of messages is expected"),
+        ({"messages": said("q")}, MESSAGES, r"no message is an answer \(role assistant or gpt\)"),
+        ({"messages": [*said("q"), "a"]}, MESSAGES, PLACE + r'"a" \(text\) is found, an object with role and content'),
+        ({"messages": [*said("q"), {"role": "asistant", "content": "a"}]}, MESSAGES,
+         PLACE + "the role 'asistant' is not one of .* Did you mean 'assistant'"),
+        ({"messages": [*said("q"), {"role": "assistant", "content": 4}]}, MESSAGES, PLACE + "4 .* is found"),
+        ({"messages": [*said("q"), {"role": "assistant", "content": "a", "loss": 1}]}, MESSAGES,
+         PLACE + "loss must be true or false"),
+        ({"messages": [*said("q"), {"role": "system", "content": "s"}]}, MESSAGES,
+         PLACE + "a system message stands first, and there is one at most"),
+        ({"messages": [*said("q"), {"role": "tool", "parameters": {}}]}, MESSAGES, PLACE + "a call needs a name"),
+        ({"messages": [{"role": "system", "content": "", "tools": [1]}, *said("q", "a")], "tools": [2]}, MESSAGES,
+         "the tools stand both in the row and in its system message"),
+    ],
+)  # fmt: skip
+def test_bad_row_is_named_by_place_column_and_what_is_expected(row, row_format, sentence):
+    with pytest.raises(BadRow, match="train row 7.*" + sentence.removeprefix("train row 7")):
+        conversation(row, row_format, "train row 7")
+
+
+def test_json_lines_and_lists_give_the_same_rows_and_their_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"n": "\xe4\xbd\xa0"}\r\n\n {"n": 2}')
+    (tmp_path / "a.json").write_text('[\n  {"n": "你"},\n\n  {"n": 2}\n]', encoding="utf-8")
+    assert rows(tmp_path / "a.jsonl") == [({"n": "你"}, "line 1"), ({"n": 2}, "line 3")]
+    assert rows(tmp_path / "a.json") == [({"n": "你"}, "line 2"), ({"n": 2}, "line 4")]
+
+
+def test_cells_of_a_csv_file_are_text(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt,response\n12,"a\nb"\n007,\n', encoding="utf-8-sig")
+    assert rows(tmp_path / "a.csv") == [
+        ({"prompt": "12", "response": "a\nb"}, "line 3"),
+        ({"prompt": "007", "response": ""}, "line 4"),
+    ]
+
+
+def test_one_flag_names_several_files_a_pattern_or_a_folder(tmp_path):
+    one, two = (write_jsonl(tmp_path / f"{name}.jsonl", [{"n": name}]) for name in "ab")
+    for value in (f"{one},{two}", str(tmp_path / "*.jsonl"), str(tmp_path)):
+        assert listed_files(value) == [one, two]
+    assert [json.loads(row["row"]) for row in read_rows([one, two])] == [{"n": "a"}, {"n": "b"}]
+    with pytest.raises(ValueError, match=r"\*.csv holds or matches no file"):
+        listed_files(str(tmp_path / "*.csv"))
+
+
+@pytest.mark.parametrize(
+    "name, content, sentence",
+    [
+        ("a.jsonl", b"", "a.jsonl has no rows: it is empty"),
+        ("a.json", b"[\n]", "a.json has no rows"),
+        ("a.json", b'[{"n": 1},\n {"n" 2}]', "a.json, line 2, column 7: not JSON"),
+        ("a.json", '[{"n": "你"}]'.encode("gb18030"), "a.json, line 1: not UTF-8. .* iconv -f GB18030 -t UTF-8"),
+        ("a.jsonl", '{"n": "你"}'.encode("utf-16"), "a.jsonl is UTF-16. Save it as UTF-8: iconv -f UTF-16"),
+        ("a.csv", b'p,r\nx,"y', "a.csv, line .: not csv"),
+    ],
+)
+def test_file_that_cannot_be_read_is_named_with_the_way_out(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        list(read_rows([str(tmp_path / name)]))
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        (b'{"prompt": "q"', "line 2, column 15: not JSON"),
+        ('{"prompt": "问", "response": "答"}'.encode("gb18030"), "line 2, byte 13: not UTF-8. If it is a Chinese"),
+        (b'["prompt"]', r'line 2: \["prompt"\] \(a list\) is found, an object'),
+    ],
+)
+def test_broken_line_is_named(tmp_path, line, sentence):
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "q", "response": "a"}\n' + line + b"\n")
+    _, cells = read_rows([str(tmp_path / "a.jsonl")])
+    with pytest.raises(BadRow, match="a.jsonl, " + sentence):
+        conversation(cells, PAIR, "")
+    assert columns_of_rows(read_rows([str(tmp_path / "a.jsonl")])) == ["prompt", "response"]
+
+
+GOOD = {"messages": said("你好", "你好，我是小茶。"), "tools": None}
+BAD = [{"messages": said("问")}, {"messages": [{"role": "bot", "content": "答"}]}, {"mesages": []}]
+UNTRAINED = {"messages": [*said("问"), {"role": "assistant", "content": "答", "loss": False}]}
+ODD_TURNS = {"messages": said("你好", "你好。")[:1] * 2 + said("", "好")[1:]}
+
+
+def test_bad_row_stops_the_run_with_its_line(run, chatglm3, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [GOOD, BAD[1]])
+    with pytest.raises(BadRow, match=r"rows.jsonl, line 2, column 'messages', message 1: the role 'bot'"):
+        run("--model_name_or_path", chatglm3, "--train_file", path, "--do_train")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_rows_are_skipped_counted_and_listed_if_asked_for(run, chatglm2, tmp_path, caplog, streaming):
+    """ChatGLM2's prompt refuses two questions in a row; that row is found although all are encoded together."""
+    path = write_jsonl(tmp_path / "rows.jsonl", [GOOD, *BAD, UNTRAINED, ODD_TURNS, GOOD])
+    flags = ["--model_name_or_path", chatglm2, "--train_file", path, "--do_train", "--max_steps", 1, "--skip_bad_rows"]
+    with caplog.at_level(logging.WARNING):
+        folder = run(flags, ["--streaming"] * streaming)
+    listed = [json.loads(line) for line in (folder / "bad_rows_train.jsonl").read_text().splitlines()]
+    places = [row["problem"].removeprefix(f"{path}, ")[:6] for row in listed]
+    assert list(dict.fromkeys(places)) == ["line 2", "line 3", "line 4", "line 6"]
+    if not streaming:
+        assert [json.loads(row["row"]) for row in listed] == [*BAD, ODD_TURNS]
+        assert "4 of 7 train rows are bad and left out" in caplog.text
+        assert "1 of 7 train rows have no question or no answer to train on and are dropped: 5" in caplog.text
+        assert results(folder, "train")["train_samples"] == 2
+
+
+def test_same_conversations_train_alike_from_every_file_type(run, chatglm3, tmp_path):
+    pairs = [{"prompt": "你好", "response": "你好。"}, {"prompt": "有绿茶吗", "response": "有龙井。"}] * 2
+    write_jsonl(tmp_path / "a.jsonl", pairs)
+    (tmp_path / "a.json").write_text(json.dumps(pairs))
+    data = Dataset.from_list(pairs)
+    data.to_csv(tmp_path / "a.csv")
+    data.to_parquet(tmp_path / "a.parquet")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", pairs)
+    sources = [["--train_file", tmp_path / f"a.{suffix}"] for suffix in ("jsonl", "json", "csv", "parquet")]
+    common = [
+        "--model_name_or_path",
+        chatglm3,
+        "--do_train",
+        "--max_steps",
+        2,
+        "--train_sampling_strategy",
+        "sequential",
+    ]
+    seen = []
+    for number, source in enumerate([*sources, ["--dataset_name", folder], ["--dataset_name", folder, "--streaming"]]):
+        seen.append(run(common, source, output=f"out{number}") / "trainer_state.json")
+    losses = [[entry.get("loss") for entry in json.loads(path.read_text())["log_history"]] for path in seen]
+    assert losses == losses[:1] * 6
+
+
+def test_first_columns_decide_between_text_and_conversations(run, chatglm3, chats, caplog):
+    flags = ["--model_name_or_path", chatglm3, "--train_file", chats, "--do_train", "--max_steps", 1]
+    run(flags)
+    assert "Data format: RowFormat(kind='prompt_response', prompt='prompt'" in caplog.text
+    run(flags, "--data_format", "text", "--block_size", 16, output="text")
+    assert "Data format: text (--data_format text)" in caplog.text
+
+
+def test_script_without_its_siblings_says_what_conversations_need(monkeypatch):
+    monkeypatch.setattr(run_chatglm_lora, "chat_rows", None)
+    with pytest.raises(ValueError, match="Conversations need chat_rows.py and batches.py"):
+        ChatArguments(prompt_column="prompt")
