@@ -77,8 +77,9 @@ require_version("datasets>=4.0", "To fix: pip install -r requirements.txt")
 if importlib.util.find_spec("chat_rows"):  # beside this script; a copy of the script alone trains on plain text
     import batches
     import chat_rows
+    import throughput
 else:
-    batches = chat_rows = None
+    batches = chat_rows = throughput = None
 
 logger = logging.getLogger("run_chatglm_lora")
 
@@ -1005,7 +1006,7 @@ def make_trainer(model, tokenizer, data, collator, checks, training_args):
         eval_dataset=data["validation"] if training_args.do_eval else None,
         processing_class=tokenizer,
         data_collator=collator,
-        callbacks=checks,
+        callbacks=[*checks, *([] if collator is default_data_collator else [throughput.Throughput()])],
         **scoring(collator, training_args),
     )
 

@@ -1,0 +1,75 @@
+"""How fast a training is, and what of it is work on real tokens: in every log line, and in train_results.json."""
+
+import resource
+import sys
+import time
+
+import torch
+from transformers import TrainerCallback
+
+
+IGNORE_INDEX = -100
+
+
+class Throughput(TrainerCallback):
+    """Counts the tokens of every training batch, on its device, and gives the rates since the last log line.
+
+    `trained_tokens_per_second` are tokens with a label, over all processes; `padding_share` is the part of all
+    computed tokens that is padding; `peak_memory_gib` is that of the first GPU, or of the process.
+    """
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.counts = torch.zeros(3, dtype=torch.int64, device=args.device)  # trained, real and computed tokens
+        self.total, self.began = self.counts.clone(), time.perf_counter()
+        self.last = self.began
+        self.hook = model.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def count(self, model, args, inputs):
+        if model.training and "labels" in inputs:
+            ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+            computed = torch.tensor(ids.numel(), device=ids.device)
+            trained = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+            self.counts += torch.stack([trained, computed if mask is None else mask.sum(), computed])
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        """Add the rates to a training's log line and, in the last one, those of the whole run."""
+        last = "train_runtime" in logs
+        if "loss" not in logs and not last:
+            return
+        counts, now = over_processes(self.counts), time.perf_counter()
+        self.total, self.counts = self.total + counts, torch.zeros_like(counts)
+        if last:
+            added = {f"train_{name}": value for name, value in rates(self.total, now - self.began).items()}
+        else:
+            added = rates(counts, now - self.last)
+        self.last = now
+        logs.update(added)  # Trainer puts the last of these into train_results.json
+        state.log_history[-1].update(added)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.hook.remove()
+
+
+def over_processes(counts):
+    """The sum of every process's counts."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts)
+    return counts
+
+
+def rates(counts, seconds) -> dict:
+    trained, real, computed = counts.tolist()
+    return {
+        "trained_tokens_per_second": round(trained / seconds, 1),
+        "tokens_per_second": round(real / seconds, 1),
+        "padding_share": round(1 - real / computed, 4) if computed else 0.0,
+        "peak_memory_gib": round(peak_memory() / 2**30, 3),
+    }
+
+
+def peak_memory() -> int:
+    """Bytes: the most that the GPU had allocated, or that the process had resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
