@@ -187,10 +187,10 @@ class PrefixTunedMixin:
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_all_but_prefix()  # loading makes new parameters
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_untrained()  # loading makes new parameters
         return loaded
 
-    def freeze_all_but_prefix(self):
+    def freeze_untrained(self):
         """With `pre_seq_len`, nothing of the language model but the prefix encoder is trained."""
         if self.config.pre_seq_len:
             for name, parameter in self.named_parameters():
