@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -75,10 +76,10 @@ def causal_lm_loss(
     if not torch.is_grad_enabled():
         chunks = zip(states.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
         total = sum(summed_cross_entropy(*chunk, output_layer) for chunk in chunks)
-    elif all(weight.numel() for weight in weights):
-        total = SummedCrossEntropy.apply(states, targets, output_layer, *weights)
-    else:  # ZeRO-3 takes a weight away while its layer is not at work, and no gradient fits what is left
+    elif weights and is_deepspeed_zero3_enabled():  # which has a whole weight only while its layer is at work
         total = summed_cross_entropy(states, targets, output_layer)
+    else:
+        total = SummedCrossEntropy.apply(states, targets, output_layer, *weights)
     if torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
@@ -189,10 +190,10 @@ class PrefixTunedMixin:
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_all_but_prefix()  # loading makes new parameters
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_untrained()  # loading makes new parameters
         return loaded
 
-    def freeze_all_but_prefix(self):
+    def freeze_untrained(self):
         """With `pre_seq_len`, nothing of the language model but the prefix encoder is trained."""
         if self.config.pre_seq_len:
             for name, parameter in self.named_parameters():

@@ -196,7 +196,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, GlmModel):
                 layer._can_checkpoint_with_cache = True  # ChatGLMPrefixCache, the only one in training
         self.gradient_checkpointing = False
         self.post_init()
-        self.freeze_all_but_prefix()
+        self.freeze_untrained()
 
     @property
     def embed_tokens(self) -> nn.Embedding:
@@ -347,6 +347,11 @@ class ChatGLMForSequenceClassification(GenericForSequenceClassification, ChatGLM
         self.classifier_head = nn.Linear(config.hidden_size, config.num_labels)
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
         self.post_init()
+        self.freeze_untrained()
+
+    def freeze_untrained(self):
+        super().freeze_untrained()
+        self.transformer.output_layer.requires_grad_(False)  # DDP would wait for gradients, of which there are none
 
     def score(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.classifier_head(self.dropout(hidden_states))  # [B, S, labels]

@@ -148,7 +148,7 @@ class ChatGLM6BModel(ChatGLM6BPreTrainedModel):
             self.prefix_encoder = PrefixEncoder(config, heads, projected_size=config.hidden_size)
         self.gradient_checkpointing = False
         self.post_init()
-        self.freeze_all_but_prefix()
+        self.freeze_untrained()
 
     @merge_with_config_defaults
     @capture_outputs
@@ -338,7 +338,7 @@ class ChatGLM6BForConditionalGeneration(ChatMixin, CausalLMMixin, ChatGLM6BPreTr
         self.transformer = ChatGLM6BModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        self.freeze_all_but_prefix()
+        self.freeze_untrained()
 
     def fallback_token_id(self, tokenizer) -> int:
         return tokenizer.convert_tokens_to_ids("▁")  # 5, or 20005 in the first release

@@ -343,3 +343,13 @@ def test_sequence_classification_reads_the_last_real_token():
     for logits in padded:
         torch.testing.assert_close(logits, alone.logits, atol=1e-5, rtol=1e-5)
     assert model.state_dict()["classifier_head.weight"].shape == (3, 32)
+
+
+def test_sequence_classification_trains_all_but_the_output_layer(tmp_path):
+    model = ChatGLMForSequenceClassification(tiny_config(num_labels=3))
+    model.save_pretrained(tmp_path)
+    for each in (model, ChatGLMForSequenceClassification.from_pretrained(tmp_path)):
+        each(torch.randint(3, 64, (1, 9)), labels=torch.tensor([1])).loss.backward()
+        trained = {name for name, parameter in each.named_parameters() if parameter.requires_grad}
+        assert trained == {name for name, parameter in each.named_parameters() if parameter.grad is not None}
+        assert set(each.state_dict()) - trained == {"transformer.output_layer.weight"}
