@@ -27,6 +27,7 @@ reasons, in docs/modifications.md. Start it with python, torchrun or deepspeed, 
 import difflib
 import gc
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import json
@@ -211,7 +212,15 @@ def parsed_arguments():
     parser = HfArgumentParser(ARGUMENT_CLASSES, description=__doc__.split("\n\n")[0])
     if len(sys.argv) == 2 and sys.argv[1].endswith((".json", ".yaml", ".yml")):
         return parser.parse_dict(file_arguments(sys.argv[1]))
-    return parser.parse_args_into_dataclasses()
+    words = sys.argv[1:]
+    if launching := beside("launching"):
+        words = launching.prepared_words(words)
+    return parser.parse_args_into_dataclasses(words)
+
+
+def beside(name):
+    """A module that lies beside this script; None for a copy of the script alone, which does without."""
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
 def file_arguments(path):
@@ -931,16 +940,14 @@ def masked_accuracy(evaluation):
 # ------------------------------------------------------------------------------------------------------- the stages
 
 
-def training_checks():
-    """The checks that stop a hopeless run early; a copy of this script alone does without them."""
-    if not importlib.util.find_spec("training_checks"):
-        return []
-    from training_checks import TrainingChecks
-
-    return [TrainingChecks()]
+def safeguards(arguments, data, tokenizer):
+    """What guards a training: checks, whole checkpoints, signals. None for a copy of this script alone."""
+    model_args, lora_args, training_args = arguments
+    guards = beside("safeguards") if training_args.do_train else None
+    return guards and guards.Safeguards(model_args, lora_args, training_args, data["train"], tokenizer)
 
 
-def make_trainer(model, tokenizer, data, collator, checks, training_args):
+def make_trainer(model, tokenizer, data, collator, guards, training_args):
     """An ordinary Trainer, with token accuracy where evaluation is asked for."""
     scored = training_args.do_eval and not is_torch_xla_available()
     return Trainer(
@@ -952,20 +959,21 @@ def make_trainer(model, tokenizer, data, collator, checks, training_args):
         data_collator=collator,
         compute_metrics=masked_accuracy if scored else None,
         preprocess_logits_for_metrics=best_tokens if scored else None,
-        callbacks=checks,
+        callbacks=guards and guards.callbacks,
     )
 
 
-def train(trainer, checks, origin, limit):
+def train(trainer, guards, origin, limit):
     """Train, save the model or the adapter with a record of what it was made from, and write the metrics."""
-    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.save_model()
+    if guards:
+        metrics = guards.trained_and_saved(trainer)
+    else:
+        metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
+        trainer.save_model()
     if trainer.args.should_save:
-        for check in checks:
-            check.check_saved(trainer.args.output_dir, trainer.model, trainer.state.global_step)
         record = json.dumps(origin, ensure_ascii=False, indent=2)
         Path(trainer.args.output_dir, "provenance.json").write_text(record + "\n", encoding="utf-8")
-    metrics = {**result.metrics, **sample_count("train", trainer.train_dataset, limit)}
+    metrics |= sample_count("train", trainer.train_dataset, limit)
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()
@@ -1021,6 +1029,8 @@ def publish(trainer, model_args, data_args):
 def main():
     model_args, data_args, chat_args, lora_args, training_args = parsed_arguments()
     set_up_logging(training_args)
+    if launching := beside("launching"):
+        launching.check_launch(training_args)
     set_seed(training_args.seed)
 
     raw = raw_datasets(model_args, data_args, chat_args, training_args)
@@ -1035,15 +1045,15 @@ def main():
     else:
         data = text_blocks(raw, tokenizer, config, data_args, training_args)
         collator = default_data_collator
+    guards = safeguards((model_args, lora_args, training_args), data, tokenizer)
 
     model = loaded_model(model_args, lora_args, training_args, config, tokenizer)
     origin = provenance(model, tokenizer, model_args, chat_args)
     model = adapted_model(model, lora_args, training_args)
-    checks = training_checks()
-    trainer = make_trainer(model, tokenizer, data, collator, checks, training_args)
+    trainer = make_trainer(model, tokenizer, data, collator, guards, training_args)
 
     if training_args.do_train:
-        train(trainer, checks, origin, data_args.max_train_samples)
+        train(trainer, guards, origin, data_args.max_train_samples)
     if training_args.do_eval:
         evaluate_loss(trainer, data_args.max_eval_samples)
     if training_args.do_predict:
@@ -1051,6 +1061,8 @@ def main():
 
         predict(trainer, tokenizer, data["test"], chat_args.max_target_length, padding_id(tokenizer))
     publish(trainer, model_args, data_args)
+    if launching:
+        launching.end_processes()
 
 
 def _mp_fn(index):
