@@ -49,6 +49,7 @@ def check_launch(args):
     check_strategy(args)
     if args.deepspeed:
         check_deepspeed(args.hf_deepspeed_config.config)
+        allow_deepspeed_states()
         if args.use_cpu:
             join_deepspeed()
     if args.should_save:
@@ -102,6 +103,15 @@ def check_deepspeed(config):
             raise ValueError(
                 f"--deepspeed: DeepSpeed has no key '{prefix}{key}' and would pass over it. Near: '{prefix}{near}'."
             )
+
+
+def allow_deepspeed_states():
+    """Let torch read the four plain classes that DeepSpeed's checkpoints hold beside tensors, and no others."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
 
 
 def join_deepspeed():

@@ -812,7 +812,7 @@ def loaded_model(model_args, lora_args, training_args, config, tokenizer):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
         count = sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())  # shared tensors once
         logger.info(f"A new model with {count / 2**20:.2f}M parameters")
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # under ZeRO-3 the weight itself is empty
         model.resize_token_embeddings(len(tokenizer))
     return model
 

@@ -49,15 +49,17 @@ class Safeguards:
                 trainer.is_in_train = False
                 metrics = earlier_metrics(args.output_dir)
             except (OSError, RuntimeError, SafetensorError) as error:
-                if isinstance(error, HopelessRun) or not self.checkpoints.remove_half_written():
+                hopeless = isinstance(error, HopelessRun) or not args.should_save
+                if hopeless or not self.checkpoints.remove_half_written():
                     raise
-                raise OSError(f"{self.checkpoints.new} could not be written, and is removed. {kept(args)}") from error
+                failed = f"{self.checkpoints.new} could not be written, and is removed: {error}"
+                raise OSError(f"{failed}\n{kept(args)}") from error
         try:
             trainer.save_model()
         except (OSError, RuntimeError, SafetensorError) as error:
             for path in Path(args.output_dir).glob("*.safetensors"):
                 path.unlink()
-            raise OSError(f"The result could not be written to {args.output_dir}. {kept(args)}") from error
+            raise OSError(f"The result could not be written to {args.output_dir}: {error}\n{kept(args)}") from error
         if args.should_save:
             self.checks.check_saved(args.output_dir, trainer.model, trainer.state.global_step)
         return metrics

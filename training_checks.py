@@ -89,7 +89,9 @@ class TrainingChecks(TrainerCallback):
         if not isinstance(model, peft.PeftModel):
             return
         saved = load_file(Path(folder, peft.utils.SAFETENSORS_WEIGHTS_NAME))
-        if missing := peft.get_peft_model_state_dict(model).keys() - saved.keys():
+        # Under ZeRO-3 PEFT takes embeddings, empty on each process, for resized ones, and would want them saved.
+        expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        if missing := expected.keys() - saved.keys():
             raise HopelessRun(f"{folder}: {len(missing)} adapter tensors were not saved ({min(missing)}, ...).")
         if bad := [name for name, tensor in saved.items() if not tensor.isfinite().all()]:
             raise HopelessRun(f"{folder}: {len(bad)} saved tensors are not finite ({bad[0]}, ...).")

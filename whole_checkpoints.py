@@ -69,7 +69,8 @@ def plain(value):
 
 def strategy(training_args) -> str:
     if training_args.deepspeed:
-        return f"DeepSpeed ZeRO-{training_args.hf_deepspeed_config.stage}"
+        zero = training_args.hf_deepspeed_config.config.get("zero_optimization", {})
+        return f"DeepSpeed ZeRO-{zero.get('stage', 0)}"
     return "FSDP" if training_args.fsdp else "one copy of the model per process"
 
 
