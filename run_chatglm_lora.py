@@ -189,6 +189,9 @@ class LoraArguments:
     init_lora_weights: str = argument("true", "true, false, gaussian, pissa, pissa_niter_16, olora, orthogonal, ...")
     num_virtual_tokens: int = argument(128, "Length of the trained prefix (PREFIX_TUNING, PROMPT_TUNING, P_TUNING).")
     prefix_projection: bool = argument(False, "Make the prefix with a two-layer network (PREFIX_TUNING).")
+    pre_seq_len: int | None = argument(
+        None, "Length of the prefix in ChatGLM's own form of P-Tuning v2, without PEFT."
+    )
     load_in_4bit: bool = argument(False, "Quantise the base to 4 bits while loading (QLoRA; needs bitsandbytes).")
     load_in_8bit: bool = argument(False, "Quantise the base to 8 bits while loading (needs bitsandbytes).")
     use_checkpoint_code: bool = argument(False, "Use a ChatGLM checkpoint's own code; needs --trust_remote_code.")
@@ -844,6 +847,8 @@ def code_revision(model):
 
 def adapted_model(model, lora_args, training_args):
     """The model inside a new or loaded adapter; the bare model with --no_use_lora, or if there is nothing to train."""
+    if lora_args.pre_seq_len:
+        return beside("prefix_tuning").prefix_tuned(model, lora_args)
     if not lora_args.use_lora or not (training_args.do_train or lora_args.adapter_name_or_path):
         return model
     if not model.name_or_path:
@@ -1036,6 +1041,8 @@ def main():
     raw = raw_datasets(model_args, data_args, chat_args, training_args)
     register_chatglm(lora_args)
     config = loaded_config(model_args)
+    if prefix_tuning := beside("prefix_tuning"):
+        config = prefix_tuning.with_prefix(config, lora_args)
     tokenizer = loaded_tokenizer(model_args)
     # The data are encoded before the weights are loaded: a mistake in them shows within seconds.
     if chat_args.is_chat:

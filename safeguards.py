@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.data_loader import get_sampler
 from safetensors import SafetensorError
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from launching import end_processes, on_any_process
 from training_checks import HopelessRun, TrainingChecks
@@ -33,7 +35,7 @@ class Safeguards:
         self.checks = TrainingChecks()
         self.stop = StopOnSignal()
         self.checkpoints = WholeCheckpoints(settings)
-        self.callbacks = [StopIfFinished(), self.checks, self.stop, self.checkpoints]
+        self.callbacks = [StopIfFinished(), SeededOrder(), self.checks, self.stop, self.checkpoints]
 
     def trained_and_saved(self, trainer) -> dict:
         """Train, save the model or adapter in --output_dir, and return the metrics of the training.
@@ -91,6 +93,19 @@ class StopIfFinished(TrainerCallback):
         if state.global_step >= state.max_steps:
             logger.warning(f"The run was finished at step {state.global_step}: only its result is written again.")
             raise FinishedBefore
+
+
+class SeededOrder(TrainerCallback):
+    """With --train_sampling_strategy group_by_length, draws the order of each epoch from the seed.
+
+    Trainer draws it from the random state of the moment, which a resumed run does not have: it would see some rows
+    twice, and leave others out.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
+        sampler = get_sampler(train_dataloader)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch or 0))
 
 
 class StopOnSignal(TrainerCallback):

@@ -46,8 +46,8 @@ def test_ten_steps_and_ten_more_are_twenty(run, flags, options):
     assert (resumed / state).read_bytes() == (straight / state).read_bytes()
 
 
-def test_streamed_data_go_on_where_they_stopped(run, flags, text_files):
-    flags = [flags[0][:2], flags[0][-3:], flags[1:], "--dataset_name", text_files, "--streaming", "--block_size", 32]
+def test_streamed_data_go_on_where_they_stopped(run, flags, chats):
+    flags = [flags, "--dataset_name", Path(chats).parent, "--streaming"]
     straight = run(flags)
     resumed = run(flags, "--resume_from_checkpoint", straight / "checkpoint-10", output="resumed")
     assert history(resumed) == history(straight) and len(history(straight)) == 20
@@ -154,11 +154,10 @@ def test_other_data_and_another_prompt_format_are_refused(run, flags, stopped, c
     with pytest.raises(ValueError, match="the training data"):
         run(flags, "--train_file", write_jsonl(tmp_path / "changed.jsonl", rows), resume, output="changed")
     shutil.copytree(chatglm3, tmp_path / "tokenizer")
-    path = tmp_path / "tokenizer/tokenizer_config.json"
     template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
     )
-    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    (tmp_path / "tokenizer/chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match="the prompt format .* this run has 'user: ...A: '"):
         run(flags, "--tokenizer_name", tmp_path / "tokenizer", resume, output="format")
 
