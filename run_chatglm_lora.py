@@ -949,7 +949,10 @@ def safeguards(arguments, data, tokenizer):
     """What guards a training: checks, whole checkpoints, signals. None for a copy of this script alone."""
     model_args, lora_args, training_args = arguments
     guards = beside("safeguards") if training_args.do_train else None
-    return guards and guards.Safeguards(model_args, lora_args, training_args, data["train"], tokenizer)
+    if guards is None:
+        return None
+    data["train"] = guards.repeated_stream(data["train"])
+    return guards.Safeguards(model_args, lora_args, training_args, data["train"], tokenizer)
 
 
 def make_trainer(model, tokenizer, data, collator, guards, training_args):

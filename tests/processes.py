@@ -4,7 +4,9 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 from tiny import ROOT
@@ -102,3 +104,43 @@ def limit_file_size(size):
     import resource
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+# ------------------------------------------------------------------------------- several processes of one run
+
+
+def forked_ranks(words, folder, count=2, before=None):
+    """Exit codes and logs of processes that train together, as torchrun would start them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    logs = [folder / f"rank{rank}.log" for rank in range(count)]
+    places = [partial(take_rank, rank, count, port, before) for rank in range(count)]
+    processes = [forked_run(words, log, place) for log, place in zip(logs, places, strict=True)]
+    return [finished(process, log) for process, log in zip(processes, logs, strict=True)]
+
+
+def take_rank(rank, count, port, before):
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    if before:
+        before()
+
+
+def spoil_loss_of_rank_1():
+    """Give the second process a loss that is not a number in step 3."""
+    import training_checks
+
+    note = training_checks.TrainingChecks.note_loss
+
+    def note_spoiled(self, model, args, inputs, output):
+        if os.environ["RANK"] == "1" and self.trainer.state.global_step == 2:
+            output.loss = output.loss * float("nan")
+        note(self, model, args, inputs, output)
+
+    training_checks.TrainingChecks.note_loss = note_spoiled
+
+
+def signal_rank_1():
+    if os.environ["RANK"] == "1":
+        signal_at_step(signal.SIGTERM, 3)

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import CHAT_FLAGS, losses, write_jsonl
+from tiny import CHAT_FLAGS, CHATML, losses, write_jsonl
 
 import run_chatglm_lora
 from whole_checkpoints import MANIFEST
@@ -145,7 +145,7 @@ def test_other_settings_than_the_checkpoints_are_refused_with_both_values(run, f
             run(flags, resume, flag, value, output="resumed")
 
 
-def test_other_data_and_another_prompt_format_are_refused(run, flags, stopped, chats, tmp_path, chatglm3):
+def test_other_data_are_refused_and_moved_data_are_not(run, flags, stopped, chats, tmp_path):
     resume = ["--resume_from_checkpoint", stopped / "checkpoint-4"]
     rows = [json.loads(line) for line in Path(chats).read_text().splitlines()]
     moved = write_jsonl(tmp_path / "moved.jsonl", rows)
@@ -153,12 +153,15 @@ def test_other_data_and_another_prompt_format_are_refused(run, flags, stopped, c
     rows[3]["response"] += " dawn"
     with pytest.raises(ValueError, match="the training data"):
         run(flags, "--train_file", write_jsonl(tmp_path / "changed.jsonl", rows), resume, output="changed")
-    shutil.copytree(chatglm3, tmp_path / "tokenizer")
-    template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
-    )
-    (tmp_path / "tokenizer/chat_template.jinja").write_text(template)
-    with pytest.raises(ValueError, match="the prompt format .* this run has 'user: ...A: '"):
+
+
+def test_another_prompt_format_is_refused(run, flags, llama, tmp_path):
+    flags = [flags, "--model_name_or_path", llama, "--max_steps", 2, "--save_steps", 2]
+    folder = run(flags)
+    shutil.copytree(llama, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer/chat_template.jinja").write_text(CHATML.replace("assistant", "machine"))
+    resume = ["--resume_from_checkpoint", folder / "checkpoint-2"]
+    with pytest.raises(ValueError, match="the prompt format .*assistant.*, this run has .*machine"):
         run(flags, "--tokenizer_name", tmp_path / "tokenizer", resume, output="format")
 
 
