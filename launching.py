@@ -17,11 +17,12 @@ LOCK = "training.lock"
 # Sections of a DeepSpeed configuration that its module of constants does not name.
 # fmt: off
 DEEPSPEED_SECTIONS = {
-    "activation_checkpointing", "aio", "amp", "checkpoint_engine", "comet", "comms_logger", "compile",
-    "compression_training", "csv_monitor", "eigenvalue", "elasticity", "fp32_allreduce", "graph_harvesting",
-    "hybrid_engine", "load_universal_checkpoint", "monitor_config", "nebula", "pipeline", "progressive_layer_drop",
-    "quantize_training", "sequence_parallel_size", "sparse_attention", "sparse_gradients", "tensor_parallel",
-    "tensorboard", "timers", "wandb", "weight_quantization", "zenflow", "zero_optimization",
+    "activation_checkpointing", "aio", "amp", "autotuning", "checkpoint_engine", "comet", "comms_logger", "compile",
+    "compression_training", "csv_monitor", "data_efficiency", "eigenvalue", "elasticity", "flops_profiler",
+    "fp32_allreduce", "graph_harvesting", "hybrid_engine", "load_universal_checkpoint", "monitor_config", "nebula",
+    "pipeline", "progressive_layer_drop", "quantize_training", "sequence_parallel_size", "sparse_attention",
+    "sparse_gradients", "tensor_parallel", "tensorboard", "timers", "wandb", "weight_quantization", "zenflow",
+    "zero_optimization",
 }
 # fmt: on
 held_lock = None  # the open file: closing it would give the lock up
@@ -37,7 +38,7 @@ def prepared_words(words) -> list[str]:
     if any(word.split("=")[0] == "--deepspeed" for word in words) and not launchers & os.environ.keys():
         raise ValueError("--deepspeed needs a launcher: start with torchrun --nproc_per_node 1 (or as many as GPUs).")
     complete = []
-    for word, after in zip(words, [*words[1:], "--"], strict=True):
+    for word, after in zip(words, [*words[1:], "--"], strict=False):
         bare = word == "--resume_from_checkpoint" and after.startswith("--")
         complete += [word, "True"] if bare else [word]
     return complete
