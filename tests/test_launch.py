@@ -80,7 +80,7 @@ def test_all_weights_of_chatglm_6b_are_trained_under_zero_3_as_by_one_process(ch
 
 
 def test_signal_to_one_process_stops_both_after_the_same_step(chatglm3, chats, tmp_path):
-    words = command(chatglm3, chats, "--output_dir", tmp_path / "out", "--dataloader_num_workers", 1)
+    words = command(chatglm3, chats, "--output_dir", tmp_path / "out")
     ended = forked_ranks(words, tmp_path, before=signal_rank_1)
     assert [code for code, _ in ended] == [STOPPED_EARLY, STOPPED_EARLY], ended
     assert (tmp_path / "out/checkpoint-3/complete.json").exists() and "after step 3 of 6" in ended[1][1]
