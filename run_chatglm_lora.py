@@ -964,7 +964,7 @@ def make_trainer(model, tokenizer, data, collator, guards, training_args):
         train_dataset=data["train"] if training_args.do_train else None,
         eval_dataset=data["validation"] if training_args.do_eval else None,
         processing_class=tokenizer,
-        data_collator=collator,
+        data_collator=guards.shielded(collator) if guards else collator,
         compute_metrics=masked_accuracy if scored else None,
         preprocess_logits_for_metrics=best_tokens if scored else None,
         callbacks=guards and guards.callbacks,

@@ -7,12 +7,15 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate.data_loader import get_sampler
 from datasets import IterableDataset
 from safetensors import SafetensorError
+from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -37,6 +40,9 @@ class Safeguards:
         self.stop = StopOnSignal()
         self.checkpoints = WholeCheckpoints(settings)
         self.callbacks = [StopIfFinished(), SeededOrder(), self.checks, self.stop, self.checkpoints]
+
+    def shielded(self, collator):
+        return ShieldedCollator(collator)
 
     def trained_and_saved(self, trainer) -> dict:
         """Train, save the model or adapter in --output_dir, and return the metrics of the training.
@@ -122,6 +128,25 @@ class SeededOrder(TrainerCallback):
             sampler.generator = torch.Generator().manual_seed(args.seed + int(state.epoch or 0))
 
 
+@dataclass
+class ShieldedCollator:
+    """A collator whose data loader workers outlive a first SIGTERM, which torchrun sends to them too.
+
+    The process that they work for could not save its checkpoint without them. A second SIGTERM ends them.
+    """
+
+    collator: Callable
+
+    def __call__(self, rows):
+        if get_worker_info() is not None and signal.getsignal(signal.SIGTERM) not in (ignore_once, signal.SIG_DFL):
+            signal.signal(signal.SIGTERM, ignore_once)
+        return self.collator(rows)
+
+
+def ignore_once(number, frame):
+    signal.signal(number, signal.SIG_DFL)
+
+
 class StopOnSignal(TrainerCallback):
     """SIGTERM and SIGINT: save a checkpoint after the current step and exit with STOPPED_EARLY, on every process.
 
@@ -133,6 +158,7 @@ class StopOnSignal(TrainerCallback):
     def __enter__(self):
         self.first = None  # when the first signal came
         self.agreed = False  # whether any process has got one
+        self.process = os.getpid()
         self.usual = {}
         if threading.current_thread() is threading.main_thread():
             self.usual = {number: signal.signal(number, self.note) for number in self.signals}
@@ -142,6 +168,8 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def note(self, number, frame):
+        if os.getpid() != self.process:  # a data loader worker: its end is for the process to decide
+            return
         if self.first is None:
             self.first = time.monotonic()
             os.write(2, f"{signal.Signals(number).name}: stopping after this step and its checkpoint\n".encode())

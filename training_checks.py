@@ -8,6 +8,7 @@ from pathlib import Path
 import peft
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from launching import on_any_process
@@ -51,7 +52,7 @@ class TrainingChecks(TrainerCallback):
             self.batches.append((output.loss.detach(), inputs))
 
     def on_pre_optimizer_step(self, args, state, control, model, optimizer, processing_class, **kwargs):
-        loss_is_bad = ~torch.stack([loss.isfinite().all() for loss, _ in self.batches]).all()
+        loss_is_bad = torch.tensor([not loss.isfinite().all() for loss, _ in self.batches]).any()
         gradient_is_bad = ~gradient_norm(self.trainer, model).isfinite()
         if any(bad := on_any_process(loss_is_bad, gradient_is_bad, device=args.device)):
             what = ["loss" if bad[0] else "gradient", "is not a finite number"]
@@ -120,7 +121,7 @@ def gradient_norm(trainer, model) -> torch.Tensor:
         norm = float(trainer.deepspeed.get_global_grad_norm() or 0)
         return torch.tensor(norm if norm >= 0 else math.nan)  # DeepSpeed writes -1 for what is not finite
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return torch.nn.utils.get_total_norm([getattr(grad, "_local_tensor", grad) for grad in gradients])
+    return torch.nn.utils.get_total_norm([g.to_local() if isinstance(g, DTensor) else g for g in gradients])
 
 
 def batch_texts(tokenizer, inputs) -> list[str]:

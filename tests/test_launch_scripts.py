@@ -104,11 +104,12 @@ def test_predict_answers_with_the_trained_adapter(train, commands, chatglm3, cha
 
 
 def test_signal_reaches_the_processes_of_torchrun(chatglm3, chats, tmp_path):
-    """torchrun itself then ends with 1; its processes end with their own code."""
+    """torchrun itself then ends with 1."""
     words = ["bash", ROOT / "scripts/train_multi_gpu.sh", chatglm3, chats, tmp_path / "out", CHAT_FLAGS, ON_CPU]
     programs = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": programs, "NUM_GPUS": "2", "OMP_NUM_THREADS": "1"}
     steps = ["--max_steps", 100000, "--logging_steps", 1, "--gradient_accumulation_steps", 1]
+    steps += ["--dataloader_num_workers", 1]  # torchrun signals the workers of the data loader too
     with subprocess.Popen(
         [str(word) for word in flat([words, steps])],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -120,5 +121,5 @@ def test_signal_reaches_the_processes_of_torchrun(chatglm3, chats, tmp_path):
                 children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
                 os.kill(int(children.split()[0]), 15)
     log = "".join(log)
-    assert process.returncode == 1 and "Stopped early, by a signal" in log and "exitcode  : 75" in log, log
+    assert process.returncode == 1 and log.count("Stopped early, by a signal") == 2, log
     assert list((tmp_path / "out").glob("checkpoint-*/complete.json"))
