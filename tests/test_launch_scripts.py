@@ -109,7 +109,12 @@ def test_signal_reaches_the_processes_of_torchrun(chatglm3, chats, tmp_path):
     programs = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": programs, "NUM_GPUS": "2", "OMP_NUM_THREADS": "1"}
     steps = ["--max_steps", 100000, "--logging_steps", 1, "--gradient_accumulation_steps", 1]
-    steps += ["--dataloader_num_workers", 1]  # torchrun signals the workers of the data loader too
+    steps += [
+        "--dataloader_num_workers",
+        1,
+        "--per_device_train_batch_size",
+        1,
+    ]  # torchrun signals the workers of the data loader too
     with subprocess.Popen(
         [str(word) for word in flat([words, steps])],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
