@@ -66,7 +66,7 @@ class Safeguards:
         try:
             trainer.save_model()
         except (OSError, RuntimeError, SafetensorError) as error:
-            for path in Path(args.output_dir).glob("*.safetensors"):
+            for path in Path(args.output_dir).glob("*.safetensors") if args.should_save else []:
                 path.unlink()
             raise OSError(f"The result could not be written to {args.output_dir}: {error}\n{kept(args)}") from error
         if args.should_save:
