@@ -12,12 +12,13 @@ from pathlib import Path
 from tiny import ROOT
 
 
+SEARCHED = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 SERVER = multiprocessing.get_context("forkserver")
 
 
 def forked_run(words, log, before=None):
     """Start main() on a command line; what it prints goes to the file `log`. `before` is called in the new process."""
-    os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *SEARCHED])
     SERVER.set_forkserver_preload(["processes", "preloaded"])
     process = SERVER.Process(target=logged_main, args=([str(word) for word in words], str(log), before))
     process.start()

@@ -156,7 +156,7 @@ def test_other_data_are_refused_and_moved_data_are_not(run, flags, stopped, chat
 
 
 def test_another_prompt_format_is_refused(run, flags, llama, tmp_path):
-    flags = [flags, "--model_name_or_path", llama, "--max_steps", 2, "--save_steps", 2]
+    flags = [flags, "--model_name_or_path", llama, "--max_target_length", 20, "--max_steps", 2, "--save_steps", 2]
     folder = run(flags)
     shutil.copytree(llama, tmp_path / "tokenizer")
     (tmp_path / "tokenizer/chat_template.jinja").write_text(CHATML.replace("assistant", "machine"))
