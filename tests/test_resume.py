@@ -159,9 +159,9 @@ def test_another_prompt_format_is_refused(run, flags, llama, tmp_path):
     flags = [flags, "--model_name_or_path", llama, "--max_target_length", 20, "--max_steps", 2, "--save_steps", 2]
     folder = run(flags)
     shutil.copytree(llama, tmp_path / "tokenizer")
-    (tmp_path / "tokenizer/chat_template.jinja").write_text(CHATML.replace("assistant", "machine"))
+    (tmp_path / "tokenizer/chat_template.jinja").write_text(CHATML.replace("<|im_start|>", "<|im_start|>the "))
     resume = ["--resume_from_checkpoint", folder / "checkpoint-2"]
-    with pytest.raises(ValueError, match="the prompt format .*assistant.*, this run has .*machine"):
+    with pytest.raises(ValueError, match="the prompt format .*start[|]>assistant.*, this run has .*start[|]>the "):
         run(flags, "--tokenizer_name", tmp_path / "tokenizer", resume, output="format")
 
 
