@@ -28,6 +28,7 @@ import difflib
 import gc
 import glob
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import json
@@ -74,13 +75,6 @@ from transformers.utils.versions import require_version
 require_version("transformers>=5.17,<6", "To fix: pip install -r requirements.txt")
 require_version("datasets>=4.0", "To fix: pip install -r requirements.txt")
 
-if importlib.util.find_spec("chat_rows"):  # beside this script; a copy of the script alone trains on plain text
-    import batches
-    import chat_rows
-    import throughput
-else:
-    batches = chat_rows = throughput = None
-
 logger = logging.getLogger("run_chatglm_lora")
 
 DTYPES = ["auto", "bfloat16", "float16", "float32"]
@@ -89,6 +83,14 @@ ENDING_TOKENS = 8  # room for what ends an answer: its eos, and what a template 
 EMPTY_EXAMPLE = {"input_ids": [], "labels": [], "length": 0, "source_cut": False, "target_cut": False}
 ENCODING_FLAGS = ("system_prompt", "skip_bad_rows", "max_source_length", "max_target_length")  # they shape the ids
 FILE_BUILDERS = {"csv": "csv", "json": "json", "jsonl": "json", "txt": "text", "parquet": "parquet"}
+
+
+def beside(name):
+    """A module that lies beside this script; None for a copy of the script alone, which does without."""
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+batches, chat_rows, throughput = (beside(name) for name in ("batches", "chat_rows", "throughput"))
 
 
 # ------------------------------------------------------------------------------------------------------- arguments
@@ -219,6 +221,9 @@ class LoraArguments:
     init_lora_weights: str = argument("true", "true, false, gaussian, pissa, pissa_niter_16, olora, orthogonal, ...")
     num_virtual_tokens: int = argument(128, "Length of the trained prefix (PREFIX_TUNING, PROMPT_TUNING, P_TUNING).")
     prefix_projection: bool = argument(False, "Make the prefix with a two-layer network (PREFIX_TUNING).")
+    pre_seq_len: int | None = argument(
+        None, "Length of the prefix in ChatGLM's own form of P-Tuning v2, without PEFT."
+    )
     load_in_4bit: bool = argument(False, "Quantise the base to 4 bits while loading (QLoRA; needs bitsandbytes).")
     load_in_8bit: bool = argument(False, "Quantise the base to 8 bits while loading (needs bitsandbytes).")
     use_checkpoint_code: bool = argument(False, "Use a ChatGLM checkpoint's own code; needs --trust_remote_code.")
@@ -242,7 +247,10 @@ def parsed_arguments():
     parser = HfArgumentParser(ARGUMENT_CLASSES, description=__doc__.split("\n\n")[0])
     if len(sys.argv) == 2 and sys.argv[1].endswith((".json", ".yaml", ".yml")):
         return parser.parse_dict(file_arguments(sys.argv[1]))
-    return parser.parse_args_into_dataclasses()
+    words = sys.argv[1:]
+    if launching := beside("launching"):
+        words = launching.prepared_words(words)
+    return parser.parse_args_into_dataclasses(words)
 
 
 def file_arguments(path):
@@ -848,7 +856,7 @@ def loaded_model(model_args, lora_args, training_args, config, tokenizer):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
         count = sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())  # shared tensors once
         logger.info(f"A new model with {count / 2**20:.2f}M parameters")
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # under ZeRO-3 the weight itself is empty
         model.resize_token_embeddings(len(tokenizer))
     return model
 
@@ -880,6 +888,8 @@ def code_revision(model):
 
 def adapted_model(model, lora_args, training_args):
     """The model inside a new or loaded adapter; the bare model with --no_use_lora, or if there is nothing to train."""
+    if lora_args.pre_seq_len:
+        return beside("prefix_tuning").prefix_tuned(model, lora_args)
     if not lora_args.use_lora or not (training_args.do_train or lora_args.adapter_name_or_path):
         return model
     if not model.name_or_path:
@@ -988,39 +998,42 @@ def scoring(collator, training_args):
 # ------------------------------------------------------------------------------------------------------- the stages
 
 
-def training_checks():
-    """The checks that stop a hopeless run early; a copy of this script alone does without them."""
-    if not importlib.util.find_spec("training_checks"):
-        return []
-    from training_checks import TrainingChecks
+def safeguards(arguments, data, tokenizer):
+    """What guards a training: checks, whole checkpoints, signals. None for a copy of this script alone."""
+    model_args, lora_args, training_args = arguments
+    guards = beside("safeguards") if training_args.do_train else None
+    if guards is None:
+        return None
+    data["train"] = guards.repeated_stream(data["train"])
+    return guards.Safeguards(model_args, lora_args, training_args, data["train"], tokenizer)
 
-    return [TrainingChecks()]
 
-
-def make_trainer(model, tokenizer, data, collator, checks, training_args):
+def make_trainer(model, tokenizer, data, collator, guards, training_args):
     """An ordinary Trainer, with token accuracy where evaluation is asked for."""
+    watchers = [] if collator is default_data_collator else [throughput.Throughput()]
     return Trainer(
         model=model,
         args=training_args,
         train_dataset=data["train"] if training_args.do_train else None,
         eval_dataset=data["validation"] if training_args.do_eval else None,
         processing_class=tokenizer,
-        data_collator=collator,
-        callbacks=[*checks, *([] if collator is default_data_collator else [throughput.Throughput()])],
+        data_collator=guards.shielded(collator) if guards else collator,
+        callbacks=[*(guards.callbacks if guards else []), *watchers],
         **scoring(collator, training_args),
     )
 
 
-def train(trainer, checks, origin, limit):
+def train(trainer, guards, origin, limit):
     """Train, save the model or the adapter with a record of what it was made from, and write the metrics."""
-    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.save_model()
+    if guards:
+        metrics = guards.trained_and_saved(trainer)
+    else:
+        metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
+        trainer.save_model()
     if trainer.args.should_save:
-        for check in checks:
-            check.check_saved(trainer.args.output_dir, trainer.model, trainer.state.global_step)
         record = json.dumps(origin, ensure_ascii=False, indent=2)
         Path(trainer.args.output_dir, "provenance.json").write_text(record + "\n", encoding="utf-8")
-    metrics = {**result.metrics, **sample_count("train", trainer.train_dataset, limit)}
+    metrics |= sample_count("train", trainer.train_dataset, limit)
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()
@@ -1076,11 +1089,15 @@ def publish(trainer, model_args, data_args):
 def main():
     model_args, data_args, chat_args, lora_args, training_args = parsed_arguments()
     set_up_logging(training_args)
+    if launching := beside("launching"):
+        launching.check_launch(training_args)
     set_seed(training_args.seed)
 
     raw, row_format = raw_datasets(model_args, data_args, chat_args, training_args)
     register_chatglm(lora_args)
     config = loaded_config(model_args)
+    if prefix_tuning := beside("prefix_tuning"):
+        config = prefix_tuning.with_prefix(config, lora_args)
     tokenizer = loaded_tokenizer(model_args, chat_args)
     # The data are encoded before the weights are loaded: a mistake in them shows within seconds.
     if row_format:
@@ -1088,16 +1105,16 @@ def main():
         data = encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_args)
     else:
         data = text_blocks(raw, tokenizer, config, data_args, training_args)
+    guards = safeguards((model_args, lora_args, training_args), data, tokenizer)
 
     model = loaded_model(model_args, lora_args, training_args, config, tokenizer)
     origin = provenance(model, tokenizer, model_args, row_format)
     model = adapted_model(model, lora_args, training_args)
     collator = chat_collator(model, tokenizer, chat_args, training_args) if row_format else default_data_collator
-    checks = training_checks()
-    trainer = make_trainer(model, tokenizer, data, collator, checks, training_args)
+    trainer = make_trainer(model, tokenizer, data, collator, guards, training_args)
 
     if training_args.do_train:
-        train(trainer, checks, origin, data_args.max_train_samples)
+        train(trainer, guards, origin, data_args.max_train_samples)
     if training_args.do_eval:
         evaluate_loss(trainer, data_args.max_eval_samples)
     for stage, split in {"eval": "questions", "predict": "test"}.items():
@@ -1106,6 +1123,8 @@ def main():
 
             predict(trainer, tokenizer, data[split], chat_args, padding_id(tokenizer), stage)
     publish(trainer, model_args, data_args)
+    if launching:
+        launching.end_processes()
 
 
 def _mp_fn(index):

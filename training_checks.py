@@ -2,20 +2,28 @@
 
 import itertools
 import logging
+import math
 from pathlib import Path
 
 import peft
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from launching import on_any_process
 from prediction import generated_ids
 
 
 logger = logging.getLogger("run_chatglm_lora.checks")
 
 IGNORE_INDEX = -100
+EXCERPT_TOKENS = 40  # of each row of a batch whose loss is not finite
 EXAMPLE_TOKENS = 1000  # of the first example, more are not logged
+
+
+class HopelessRun(RuntimeError):
+    """What was saved is of no use."""
 
 
 class TrainingChecks(TrainerCallback):
@@ -30,26 +38,35 @@ class TrainingChecks(TrainerCallback):
         if args.do_predict:
             untrained = itertools.takewhile(lambda label: label == IGNORE_INDEX, example["labels"])
             check_generation(model, example["input_ids"][: len(list(untrained))])
-        self.finite = torch.tensor(True, device=args.device)
+        self.batches = []  # (loss, inputs) of each forward pass of the step
         self.has_gradient = set()
-        self.loss_hook = model.register_forward_hook(self.note_loss)
+        self.loss_hook = model.register_forward_hook(self.note_loss, with_kwargs=True)
         self.gradient_hooks = [
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: self.has_gradient.add(name))
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         ]
 
-    def note_loss(self, model, inputs, output):
+    def note_loss(self, model, args, inputs, output):
         if model.training and output.loss is not None:
-            self.finite &= output.loss.detach().isfinite().all().to(self.finite.device)
+            self.batches.append((output.loss.detach(), inputs))
 
-    def on_pre_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
-        if not self.finite:
+    def on_pre_optimizer_step(self, args, state, control, model, optimizer, processing_class, **kwargs):
+        loss_is_bad = torch.tensor([not loss.isfinite().all() for loss, _ in self.batches]).any()
+        gradient_is_bad = ~gradient_norm(self.trainer, model).isfinite()
+        if any(bad := on_any_process(loss_is_bad, gradient_is_bad, device=args.device)):
+            what = ["loss" if bad[0] else "gradient", "is not a finite number"]
+            batches = [inputs for loss, inputs in self.batches if not bad[0] or not loss.isfinite().all()]
+            if not batches:
+                what.append("on another process")
+            texts = [text for inputs in batches for text in batch_texts(processing_class, inputs)]
             raise FloatingPointError(
-                f"The loss of step {state.global_step + 1} is not a finite number (learning rate "
+                f"The {what[0]} of step {state.global_step + 1} {' '.join(what[1:])} (learning rate "
                 f"{optimizer.param_groups[0]['lr']:g}). Nothing is saved after step {state.global_step}. "
                 "Try a lower --learning_rate, and --bf16 or float32 instead of --fp16."
+                + "".join(f"\nrow {number} of the batch: {text!r}" for number, text in enumerate(texts, 1))
             )
+        self.batches = []
         if self.gradient_hooks:
             check_gradients(model, self.has_gradient)
             while self.gradient_hooks:
@@ -69,18 +86,20 @@ class TrainingChecks(TrainerCallback):
 
     @staticmethod
     def check_saved(folder, model, steps):
-        """Open a saved adapter again; RuntimeError if it lacks tensors, is not finite, or has learned nothing."""
+        """Open a saved adapter again; HopelessRun if it lacks tensors, is not finite, or has learned nothing."""
         if not isinstance(model, peft.PeftModel):
             return
         saved = load_file(Path(folder, peft.utils.SAFETENSORS_WEIGHTS_NAME))
-        if missing := peft.get_peft_model_state_dict(model).keys() - saved.keys():
-            raise RuntimeError(f"{folder}: {len(missing)} adapter tensors were not saved ({min(missing)}, ...).")
+        # Under ZeRO-3 PEFT takes embeddings, empty on each process, for resized ones, and would want them saved.
+        expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        if missing := expected.keys() - saved.keys():
+            raise HopelessRun(f"{folder}: {len(missing)} adapter tensors were not saved ({min(missing)}, ...).")
         if bad := [name for name, tensor in saved.items() if not tensor.isfinite().all()]:
-            raise RuntimeError(f"{folder}: {len(bad)} saved tensors are not finite ({bad[0]}, ...).")
+            raise HopelessRun(f"{folder}: {len(bad)} saved tensors are not finite ({bad[0]}, ...).")
         updates = [tensor for name, tensor in saved.items() if "lora_B" in name]
         # The first step of a warm-up has learning rate 0, so that an adapter saved after it may be untouched.
         if steps > 1 and updates and not any(tensor.any() for tensor in updates):
-            raise RuntimeError(f"{folder}: every lora_B is still zero after {steps} steps. Is --learning_rate zero?")
+            raise HopelessRun(f"{folder}: every lora_B is still zero after {steps} steps. Is --learning_rate zero?")
 
 
 def marked_text(tokenizer, example) -> str:
@@ -92,6 +111,27 @@ def marked_text(tokenizer, example) -> str:
             runs.append(([], trained))
         runs[-1][0].append(token)
     return "".join(f"【{tokenizer.decode(ids)}】" if trained else tokenizer.decode(ids) for ids, trained in runs)
+
+
+def gradient_norm(trainer, model) -> torch.Tensor:
+    """The norm of the gradients of this process, a scalar; 0 under fp16, whose scaler passes over infinite ones."""
+    if trainer.args.fp16:
+        return torch.tensor(0.0)
+    if trainer.is_deepspeed_enabled:
+        norm = float(trainer.deepspeed.get_global_grad_norm() or 0)
+        return torch.tensor(norm if norm >= 0 else math.nan)  # DeepSpeed writes -1 for what is not finite
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm([g.to_local() if isinstance(g, DTensor) else g for g in gradients])
+
+
+def batch_texts(tokenizer, inputs) -> list[str]:
+    """The beginning of each row of a batch [B, S], or of each sequence of a flattened one, without padding."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    rows = [row[kept] for row, kept in zip(ids, mask.bool(), strict=True)] if mask is not None else ids
+    positions = inputs.get("position_ids")
+    if positions is not None and positions.shape == ids.shape and len(ids) == 1:
+        rows = rows[0].tensor_split((positions[0] == 0).nonzero().flatten().tolist()[1:])
+    return [tokenizer.decode(row.tolist()[:EXCERPT_TOKENS]) for row in rows]
 
 
 def check_generation(model, prompt):

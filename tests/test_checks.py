@@ -11,7 +11,7 @@ from tiny import CHAT_FLAGS
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import chatglm  # noqa: F401
-from training_checks import TrainingChecks, check_finite, check_generation, check_gradients, marked_text
+from training_checks import TrainingChecks, batch_texts, check_finite, check_generation, check_gradients, marked_text
 
 
 @pytest.fixture
@@ -125,10 +125,40 @@ def test_trained_part_of_the_first_example_is_shown(run, flags, chatglm3, caplog
 
 def test_loss_check_ignores_evaluation(adapted):
     checks = TrainingChecks()
-    checks.finite = torch.tensor(True)
+    checks.batches = []
+    output = SimpleNamespace(loss=torch.tensor(float("nan")))
     adapted.eval()
-    checks.note_loss(adapted, (), SimpleNamespace(loss=torch.tensor(float("nan"))))
-    assert checks.finite
+    checks.note_loss(adapted, (), {}, output)
+    assert not checks.batches
     adapted.train()
-    checks.note_loss(adapted, (), SimpleNamespace(loss=torch.tensor(float("nan"))))
-    assert not checks.finite
+    checks.note_loss(adapted, (), {}, output)
+    assert checks.batches
+
+
+def test_gradient_that_is_not_finite_stops_the_run_and_shows_the_rows(run, flags, monkeypatch, tmp_path):
+    def spoil(self, args, state, control, model, **kwargs):
+        if state.global_step == 2:
+            next(p for p in model.parameters() if p.grad is not None).grad[0, 0] = float("inf")
+        check(self, args, state, control, model=model, **kwargs)
+
+    check = TrainingChecks.on_pre_optimizer_step
+    monkeypatch.setattr(TrainingChecks, "on_pre_optimizer_step", spoil)
+    sentence = (
+        r"The gradient of step 3 is not a finite number \(learning rate 0\.00\d+\)(.|\n)*row 2 of the batch: '\[gMASK"
+    )
+    saves = ["--save_strategy", "steps", "--save_steps", 1, "--per_device_train_batch_size", 2]
+    with pytest.raises(FloatingPointError, match=sentence):
+        run(flags, saves)
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_rows_of_a_batch_are_shown_without_padding_and_flattened_ones_apart():
+    decoded = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
+    ids = torch.tensor([[65, 66, 0], [67, 68, 69]])
+    assert batch_texts(decoded, {"input_ids": ids, "attention_mask": ids > 0}) == ["AB", "CDE"]
+    flat = {"input_ids": torch.tensor([[65, 66, 67, 68]]), "position_ids": torch.tensor([[0, 1, 0, 1]])}
+    assert batch_texts(decoded, flat) == ["AB", "CD"]
+
+
+def test_loss_that_trainer_computes_itself_is_no_obstacle(run, flags):
+    run(flags, "--label_smoothing_factor", 0.1, "--max_steps", 2)

@@ -1,0 +1,181 @@
+"""Before and after a run: mistakes in launching it that no library reports, the output folder, the process group."""
+
+import difflib
+import json
+import logging
+import os
+import socket
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+
+logger = logging.getLogger("run_chatglm_lora.launching")
+
+LOCK = "training.lock"
+# Sections of a DeepSpeed configuration that its module of constants does not name.
+# fmt: off
+DEEPSPEED_SECTIONS = {
+    "activation_checkpointing", "aio", "amp", "autotuning", "checkpoint_engine", "comet", "comms_logger", "compile",
+    "compression_training", "csv_monitor", "data_efficiency", "eigenvalue", "elasticity", "flops_profiler",
+    "fp32_allreduce", "graph_harvesting", "hybrid_engine", "load_universal_checkpoint", "monitor_config", "nebula",
+    "pipeline", "progressive_layer_drop", "quantize_training", "sequence_parallel_size", "sparse_attention",
+    "sparse_gradients", "tensor_parallel", "tensorboard", "timers", "wandb", "weight_quantization", "zenflow",
+    "zero_optimization",
+}
+# fmt: on
+held_lock = None  # the open file: closing it would give the lock up
+
+
+def prepared_words(words) -> list[str]:
+    """The command line, with True after a bare --resume_from_checkpoint; every pickle is loaded without code from now.
+
+    Raises a ValueError if --deepspeed is not started by a launcher: DeepSpeed would ask for mpi4py.
+    """
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed asks torch.load for the contrary
+    launchers = {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"}
+    if any(word.split("=")[0] == "--deepspeed" for word in words) and not launchers & os.environ.keys():
+        raise ValueError("--deepspeed needs a launcher: start with torchrun --nproc_per_node 1 (or as many as GPUs).")
+    complete = []
+    for word, after in zip(words, [*words[1:], "--"], strict=False):
+        bare = word == "--resume_from_checkpoint" and after.startswith("--")
+        complete += [word, "True"] if bare else [word]
+    return complete
+
+
+def check_launch(args):
+    """Raise a ValueError for what would run in another way than it was asked for, or could not save its result."""
+    check_processes(args)
+    check_strategy(args)
+    if args.deepspeed:
+        check_deepspeed(args.hf_deepspeed_config.config)
+        allow_deepspeed_states()
+        if args.use_cpu:
+            join_deepspeed()
+    if args.should_save:
+        claim_folder(Path(args.output_dir), lock=args.do_train)
+
+
+def check_processes(args):
+    """Raise a ValueError if a launcher started several processes, each of which would train alone."""
+    counts = {
+        name: int(os.environ.get(name, 1))
+        for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+    }
+    name = max(counts, key=counts.get)
+    if args.world_size > 1 or counts[name] == 1:
+        return
+    way_out = "on CPUs add --use_cpu" if name == "WORLD_SIZE" else "start them with torchrun"
+    raise ValueError(
+        f"{name}={counts[name]}, but this process knows of no other: each would train alone and write into "
+        f"{args.output_dir}. Processes that train together: {way_out}."
+    )
+
+
+def check_strategy(args):
+    """Raise a ValueError if FSDP or fp16 was asked for where it is passed over or does not exist."""
+    fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+    if fsdp and (args.device.type == "cpu" or args.parallel_mode.value != "distributed"):
+        raise ValueError(
+            f"--fsdp would be passed over: it needs accelerators and a launcher, and this is {args.device} with "
+            f"{args.world_size} process. Start with torchrun on GPUs, or drop the flag."
+        )
+    if (args.fp16 or args.fp16_full_eval) and args.device.type == "cpu":
+        raise ValueError("--fp16 needs a GPU: use --bf16, or neither for float32.")
+
+
+def check_deepspeed(config):
+    """Raise a ValueError that names keys of a DeepSpeed configuration which DeepSpeed would pass over."""
+    from deepspeed.runtime import constants
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    levels = {
+        "": (config, DEEPSPEED_SECTIONS | {str(v) for name, v in vars(constants).items() if name.isupper()}),
+        "zero_optimization.": (
+            config.get("zero_optimization", {}),
+            fields.keys() | {field.alias for field in fields.values() if field.alias},
+        ),
+    }
+    for prefix, (section, known) in levels.items():
+        for key in section.keys() - known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+            raise ValueError(
+                f"--deepspeed: DeepSpeed has no key '{prefix}{key}' and would pass over it. Near: '{prefix}{near}'."
+            )
+
+
+def allow_deepspeed_states():
+    """Let torch read the four plain classes that DeepSpeed's checkpoints hold beside tensors, and no others."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
+
+
+def join_deepspeed():
+    """Tell DeepSpeed of the processes before a model is loaded: on CPUs nobody does, and ZeRO-3 would count one."""
+    import deepspeed
+
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+
+
+def claim_folder(folder, lock):
+    """Make sure that the output folder can be written to and, for training, that no other process trains into it."""
+    global held_lock
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - stays open as long as the process
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be written to ({error}): choose another folder.") from error
+    if lock:
+        check_alone(file, folder)
+        file.truncate(0)
+        file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}) + "\n")
+        file.flush()
+        held_lock = file
+    else:
+        file.close()
+        if os.path.getsize(folder / LOCK) == 0:
+            os.unlink(folder / LOCK)
+
+
+def check_alone(file, folder):
+    """Lock the file; ValueError if another process has it. Unlike flock, no forked data loader keeps lockf's lock."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise ValueError(
+            f"Another process trains into {folder}: {file.read().strip()}. Choose another --output_dir, or end it. "
+            "Processes that should train together are started by torchrun."
+        ) from error
+    except OSError as error:
+        logger.warning(f"{folder} does not support locks ({error}): see to it that one run at a time writes there.")
+
+
+def on_any_process(*flags: torch.Tensor, device) -> list[bool]:
+    """Which of the flags, tensors of one bool, are true on at least one process."""
+    both = torch.stack([flag.reshape(()).to(device, torch.int32) for flag in flags])
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(both, distributed.ReduceOp.MAX)
+    return both.bool().tolist()
+
+
+def end_processes():
+    """Leave the process group together. Without it one run in four under gloo aborts after its work is done."""
+    global held_lock
+    if held_lock is not None:
+        os.unlink(held_lock.name)
+        held_lock.close()
+        held_lock = None
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()

@@ -1,0 +1,165 @@
+"""Two processes, with and without DeepSpeed, train what one process trains; and what would go wrong silently."""
+
+import json
+import re
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import PeftModel
+from processes import finished, forked_ranks, forked_run, signal_rank_1, spoil_loss_of_rank_1
+from safetensors.torch import load_file
+from tiny import CHAT_FLAGS, COMMON, ROOT, flat, losses
+from transformers import AutoModelForCausalLM
+
+import chatglm  # noqa: F401
+from launching import check_deepspeed, check_processes, check_strategy, prepared_words
+from safeguards import STOPPED_EARLY
+
+
+STAGES = {
+    "DDP": [],
+    "ZeRO-2": ["--deepspeed", ROOT / "ds_zero2.json"],
+    "ZeRO-3": ["--deepspeed", ROOT / "ds_zero3.json"],
+}
+
+
+def command(model, chats, *more):
+    flags = ["--model_name_or_path", model, "--train_file", chats, CHAT_FLAGS, "--do_train", "--max_steps", 6]
+    saves = ["--save_strategy", "steps", "--save_steps", 3, "--log_level", "warning", "--lora_dropout", 0]
+    return [*COMMON.split(), *flat([flags, saves, more])]
+
+
+@pytest.fixture(scope="module")
+def alone(chatglm3, chats, tmp_path_factory):
+    """Output folder of one process that takes the batches of both."""
+    folder = tmp_path_factory.mktemp("alone")
+    words = command(chatglm3, chats, "--per_device_train_batch_size", 4, "--output_dir", folder / "out")
+    code, log = finished(forked_run(words, folder / "log"), folder / "log")
+    assert code == 0, log
+    return folder / "out"
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys())
+def test_two_processes_train_and_resume_as_one(alone, chatglm3, chats, tmp_path, stage):
+    words = command(chatglm3, chats, "--per_device_train_batch_size", 2, stage)
+    for output, more in {"out": [], "again": ["--resume_from_checkpoint", tmp_path / "out/checkpoint-3"]}.items():
+        folder = tmp_path / output
+        for code, log in forked_ranks([*words, "--output_dir", folder, *more], tmp_path):
+            assert code == 0, log
+        assert losses(folder) == pytest.approx(losses(alone), abs=2e-6)
+        adapter, expected = (load_file(path / "adapter_model.safetensors") for path in (folder, alone))
+        assert adapter.keys() == expected.keys()
+        assert all(torch.allclose(adapter[name], expected[name], rtol=0, atol=1e-6) for name in expected)
+    assert losses(tmp_path / "again") == losses(tmp_path / "out")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(chatglm3), tmp_path / "out")
+    if not stage:  # one process instead of two
+        log = tmp_path / "one.log"
+        resume = ["--resume_from_checkpoint", tmp_path / "out/checkpoint-3", "--output_dir", tmp_path / "one"]
+        code, text = finished(forked_run([*words, *map(str, resume)], log), log)
+        assert code == 1 and "was made with the number of processes 2, this run has 1" in text
+
+
+def test_all_weights_of_chatglm_6b_are_trained_under_zero_3_as_by_one_process(chatglm1, chats, tmp_path):
+    """ChatGLM-6B's published code kept the model whole on every GPU; here each holds its part from loading on."""
+    full = command(chatglm1, chats, "--no_use_lora", "--learning_rate", 1e-3)
+    one = [*full, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "one")]
+    code, log = finished(forked_run(one, tmp_path / "log"), tmp_path / "log")
+    assert code == 0, log
+    two = [*full, "--per_device_train_batch_size", 2, "--output_dir", tmp_path / "two", *STAGES["ZeRO-3"]]
+    for code, log in forked_ranks(two, tmp_path):
+        assert code == 0, log
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=5e-6)
+    weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    assert weights.keys() == expected.keys()
+    assert all(torch.allclose(weights[name], expected[name], rtol=0, atol=1e-4) for name in expected)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+
+
+def test_signal_to_one_process_stops_both_after_the_same_step(chatglm3, chats, tmp_path):
+    words = command(chatglm3, chats, "--output_dir", tmp_path / "out")
+    ended = forked_ranks(words, tmp_path, before=signal_rank_1)
+    assert [code for code, _ in ended] == [STOPPED_EARLY, STOPPED_EARLY], ended
+    assert (tmp_path / "out/checkpoint-3/complete.json").exists() and "after step 3 of 6" in ended[1][1]
+
+
+def test_loss_that_is_not_finite_on_one_process_stops_both(chatglm3, chats, tmp_path):
+    words = command(chatglm3, chats, "--output_dir", tmp_path / "out", "--save_steps", 2)
+    ended = forked_ranks(words, tmp_path, before=spoil_loss_of_rank_1)
+    assert [code for code, _ in ended] == [1, 1], ended
+    assert "The loss of step 3 is not a finite number on another process (learning rate" in ended[0][1]
+    assert re.search(
+        r"The loss of step 3 is not a finite number \(learning rate 0[.]00[0-9]+\).*row 1 of", ended[1][1], re.S
+    )
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*/complete.json")] == ["complete.json"]
+
+
+# -------------------------------------------------------------------------------------- what was silent before
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_processes_that_would_train_alone_are_refused(monkeypatch, name):
+    way_out = "on CPUs add --use_cpu" if name == "WORLD_SIZE" else "start them with torchrun"
+    args = SimpleNamespace(world_size=1, output_dir="out")
+    check_processes(args)
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(ValueError, match=f"{name}=2, but .* each would train alone .* {way_out}"):
+        check_processes(args)
+    check_processes(SimpleNamespace(world_size=2, output_dir="out"))
+
+
+def test_fsdp_and_fp16_are_refused_where_they_do_nothing(run, chatglm3, chats):
+    flags = ["--model_name_or_path", chatglm3, "--train_file", chats, CHAT_FLAGS, "--do_train"]
+    with pytest.raises(ValueError, match="--fsdp would be passed over: it needs accelerators and a launcher"):
+        run(flags, "--fsdp", "full_shard")
+    with pytest.raises(ValueError, match="--fp16 needs a GPU: use --bf16"):
+        run(flags, "--fp16")
+    on_gpus = SimpleNamespace(type="cuda")
+    args = {"fsdp": True, "fp16": True, "fp16_full_eval": False, "world_size": 2, "device": on_gpus}
+    check_strategy(SimpleNamespace(**args, parallel_mode=SimpleNamespace(value="distributed")))
+
+
+@pytest.mark.parametrize(
+    "config, sentence",
+    [
+        ({"zero_optimisation": {}}, "no key 'zero_optimisation' .* Near: 'zero_optimization'"),
+        ({"zero_optimization": {"stag": 3}}, "no key 'zero_optimization.stag' .* Near: 'zero_optimization.stage'"),
+        ({"gradient_cliping": 1.0}, "Near: 'gradient_clipping'"),
+    ],
+)
+def test_unknown_key_of_a_deepspeed_configuration_is_named(config, sentence):
+    pytest.importorskip("deepspeed")
+    with pytest.raises(ValueError, match=sentence):
+        check_deepspeed(config)
+
+
+def test_our_deepspeed_configurations_and_every_documented_section_are_known():
+    pytest.importorskip("deepspeed")
+    for stage in (2, 3):
+        check_deepspeed(json.loads((ROOT / f"ds_zero{stage}.json").read_text()))
+    offload = {"offload_optimizer": {"device": "cpu"}, "stage3_max_live_parameters": 1e9}
+    sections = ["optimizer", "scheduler", "flops_profiler", "tensorboard", "wandb", "steps_per_print", "aio", "amp"]
+    check_deepspeed({"zero_optimization": offload, **dict.fromkeys(sections)})
+
+
+def test_deepspeed_without_a_launcher_is_refused(run, chatglm3, chats):
+    with pytest.raises(ValueError, match="--deepspeed needs a launcher: start with torchrun"):
+        run("--model_name_or_path", chatglm3, "--deepspeed", ROOT / "ds_zero2.json")
+
+
+def test_bare_resume_flag_is_completed_and_other_words_stay():
+    flag = "--resume_from_checkpoint"
+    assert prepared_words([flag]) == [flag, "True"]
+    assert prepared_words([flag, "--seed", "3"]) == [flag, "True", "--seed", "3"]
+    assert prepared_words(["--seed", "3", flag, "last"]) == ["--seed", "3", flag, "last"]
+
+
+def test_pickles_are_loaded_without_running_code(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    prepared_words([])
+    torch.save(partial(print, "code"), tmp_path / "state.pt")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        torch.load(tmp_path / "state.pt", weights_only=False)
