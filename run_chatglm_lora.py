@@ -191,6 +191,7 @@ class LoraArguments:
     load_in_4bit: bool = argument(False, "Quantise the base to 4 bits while loading (QLoRA; needs bitsandbytes).")
     load_in_8bit: bool = argument(False, "Quantise the base to 8 bits while loading (needs bitsandbytes).")
     use_checkpoint_code: bool = argument(False, "Use a ChatGLM checkpoint's own code; needs --trust_remote_code.")
+    plot_loss: bool = argument(True, "Draw the losses into training_loss.png at the end (needs matplotlib).")
 
     def __post_init__(self):
         self.peft_type = self.peft_type.upper()
@@ -971,6 +972,17 @@ def train(trainer, checks, origin, limit):
     trainer.save_state()
 
 
+def draw_losses(trainer):
+    """Write training_loss.png; a copy of this script alone, or a machine without matplotlib, does without."""
+    folder = Path(trainer.args.output_dir)
+    if not (importlib.util.find_spec("loss_plot") and importlib.util.find_spec("matplotlib")):
+        logger.info("The losses are not drawn: that needs matplotlib, and loss_plot.py beside this script.")
+    elif trainer.is_world_process_zero() and any("loss" in entry for entry in trainer.state.log_history):
+        import loss_plot
+
+        loss_plot.draw([folder], folder / loss_plot.PICTURE)
+
+
 def evaluate_loss(trainer, limit):
     """Evaluate, and write loss, accuracy and perplexity."""
     metrics = trainer.evaluate()
@@ -1050,6 +1062,8 @@ def main():
         from prediction import predict  # beside this script
 
         predict(trainer, tokenizer, data["test"], chat_args.max_target_length, padding_id(tokenizer))
+    if training_args.do_train and lora_args.plot_loss:
+        draw_losses(trainer)
     publish(trainer, model_args, data_args)
 
 

@@ -293,21 +293,26 @@ def page(bot: Chatbot, system: str | None, title: str):
             else:
                 yield message["content"]
 
-    return gradio.ChatInterface(replies, title=title, concurrency_limit=1, analytics_enabled=False, api_name="chat")
+    # Without the button that sends a conversation to the hub's forum.
+    messages = gradio.Chatbot(show_label=False, buttons=["copy", "copy_all"], scale=1)
+    return gradio.ChatInterface(replies, chatbot=messages, title=title, concurrency_limit=1, analytics_enabled=False)
 
 
-def serve(interface, host: str, port: int):
-    """Show the page until Ctrl-C."""
+def launched(interface, host: str, port: int | None):
+    """Start to serve the page; with port None at the first free one from 7860 on."""
     import gradio
 
     # The default theme asks a font service; these are on every computer.
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    place = {"server_name": host, "server_port": port, "share": False, "prevent_thread_lock": True}
+    interface.launch(**place, theme=theme, footer_links=[], ssr_mode=False, quiet=True)
+
+
+def serve(interface, host: str, port: int):
+    """Show the page until Ctrl-C."""
+    launched(interface, host, port)
     if host not in ("127.0.0.1", "localhost"):
         print(f"Everybody who reaches port {port} of this computer can use the page.", file=sys.stderr)
-    interface.launch(
-        server_name=host, server_port=port, share=False, theme=theme, footer_links=[], ssr_mode=False, quiet=True,
-        prevent_thread_lock=True,
-    )  # fmt: skip
     print(f"http://{host}:{port}   (Ctrl-C ends)", flush=True)
     interface.block_thread()
 
