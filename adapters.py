@@ -1,5 +1,6 @@
 """Folders that a training wrote: which base an adapter belongs to, and the model and tokenizer of both together."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -7,12 +8,18 @@ import peft
 import torch
 from huggingface_hub import snapshot_download
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 import chatglm  # noqa: F401  makes ChatGLM known
 from run_chatglm_lora import ModelArguments, hub_options, loaded_config, loaded_tokenizer, model_class
 
 
 TEXT_FILES = ["*.json", "*.jinja", "*.py", "*.model", "*.txt", "*LICENSE*"]
+NOT_FOUND_IS_NONE = {
+    "_raise_exceptions_for_gated_repo": False,
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
 
 
 def local_folder(name: str, revision: str | None = None) -> Path:
@@ -35,6 +42,14 @@ def local_folder(name: str, revision: str | None = None) -> Path:
 def adapter_config(folder: Path) -> peft.PeftConfig | None:
     """The configuration of the adapter in a folder; None if the folder holds none."""
     return peft.PeftConfig.from_pretrained(str(folder)) if (folder / "adapter_config.json").is_file() else None
+
+
+def adapter_folder(name: str) -> Path | None:
+    """The folder of the adapter with a path or hub name; None if there is a model by that name, or nothing."""
+    if Path(name).is_dir():
+        return Path(name) if (Path(name) / "adapter_config.json").is_file() else None
+    found = cached_file(name, "adapter_config.json", **NOT_FOUND_IS_NONE)
+    return local_folder(name) if found else None
 
 
 def base_of(adapter: Path, override: str | None) -> tuple[str, str]:
@@ -67,39 +82,39 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, end: int | list[int] | None) ->
     return sorted({*ids, *getattr(tokenizer, "stop_token_ids", [])} - {None})
 
 
-def opened(
-    name: str,
-    base_model: str | None = None,
-    dtype: str | None = None,
-    device: str = "cpu",
-    bits: int | None = None,
-    trust_remote_code: bool = False,
-) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    """Model, ready for inference, and tokenizer of a model folder, an adapter folder or a hub name of either.
-
-    The base of an adapter is `base_model`, or the one that it was trained on. `dtype` is a name of torch's (None: as
-    stored), `bits` 4 or 8 quantises with bitsandbytes. Raises ValueError or OSError where something is missing.
-    """
-    folder, revision = Path(name), "main"
-    if not folder.is_dir():
-        folder = local_folder(name)
-    is_adapter = adapter_config(folder) is not None
-    base = str(folder)
-    if is_adapter:
-        base, revision = base_of(folder, base_model)
-    elif base_model:
-        raise ValueError(f"{name} is no adapter (it has no adapter_config.json): --base_model is for adapters.")
-    arguments = ModelArguments(base, model_revision=revision, trust_remote_code=trust_remote_code)
+def opened_base(
+    arguments: ModelArguments, dtype: str | None = None, device: str = "cpu", bits: int | None = None
+) -> torch.nn.Module:
+    """A model without adapter; `dtype` is a name of torch's (None: as stored), `bits` 4 or 8 quantises it."""
     config = loaded_config(arguments)
     options = {"dtype": getattr(torch, dtype) if dtype else "auto", "device_map": {"": device}}
     if bits:
+        if not importlib.util.find_spec("bitsandbytes"):
+            raise ValueError(f"--load_in_{bits}bit needs bitsandbytes: pip install bitsandbytes")
         quantization = {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8, "bnb_4bit_quant_type": "nf4"}
         options["quantization_config"] = BitsAndBytesConfig(**quantization, bnb_4bit_compute_dtype=torch.bfloat16)
-    model = model_class(config).from_pretrained(base, config=config, **options, **hub_options(arguments))
-    tokenizer = tokenizer_of(folder, arguments)
+    name = arguments.model_name_or_path
+    return model_class(config).from_pretrained(name, config=config, **options, **hub_options(arguments)).eval()
+
+
+def opened(
+    name: str, base_model: str | None = None, trust_remote_code: bool = False, **loading
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """Model, ready for inference, and tokenizer of a model folder, an adapter folder or a hub name of either.
+
+    The base of an adapter is `base_model`, or the one that it was trained on; `loading` goes to `opened_base`. Raises
+    ValueError or OSError where something is missing or does not fit.
+    """
+    folder = adapter_folder(name)
+    if folder is None and base_model:
+        raise ValueError(f"{name} is no adapter (it has no adapter_config.json): --base_model is for adapters.")
+    base, revision = base_of(folder, base_model) if folder else (name, "main")
+    arguments = ModelArguments(base, model_revision=revision, trust_remote_code=trust_remote_code)
+    model = opened_base(arguments, **loading)
+    tokenizer = tokenizer_of(folder, arguments) if folder else loaded_tokenizer(arguments)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))  # as in training
-    if is_adapter:
+    if folder:
         try:
             model = peft.PeftModel.from_pretrained(model, str(folder))
         except RuntimeError as error:  # load_state_dict's: sizes

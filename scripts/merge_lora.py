@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from zipfile import is_zipfile
@@ -37,7 +37,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from adapters import adapter_config, base_of, local_folder, opened, stop_ids, tokenizer_of
+from adapters import adapter_config, base_of, local_folder, opened, opened_base, stop_ids, tokenizer_of
 from chatglm import ChatGLMConfig
 from chatglm.configuration_chatglm import SECOND_GENERATION
 from chatglm.modeling_chatglm import ChatGLMRotaryEmbedding
@@ -441,17 +441,20 @@ def compared(merge: Merge, folder: Path) -> float:
 @torch.no_grad()
 def unmerged_logits(merge: Merge) -> tuple[list[int], torch.Tensor, torch.dtype]:
     """Ids [S] of the prompt, logits [S, V] of base and adapter for it, and the dtype that they were computed in."""
-    arguments = merge.arguments
+    arguments, tokenizer = merge.arguments, merge.tokenizer
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = opened(str(merge.adapter_folder), arguments.base_model, arguments.dtype, device)
+    loading = {"dtype": arguments.dtype, "device": device}
+    if arguments.base_only:
+        model = opened_base(merge.model_arguments, **loading)
+    else:
+        model, _ = opened(str(merge.adapter_folder), arguments.base_model, **loading)
     ids = tokenizer(MESSAGES[0]["content"])["input_ids"]
     if tokenizer.chat_template:
         ids = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=True)["input_ids"]
     for module in model.modules():
         if merge.native and isinstance(module, ChatGLMRotaryEmbedding):
             module.angles_in_model_dtype = False  # see `remarks`
-    with model.disable_adapter() if arguments.base_only else nullcontext():
-        logits = model(torch.tensor([ids], device=device)).logits[0]
+    logits = model(torch.tensor([ids], device=device)).logits[0]
     return ids, logits.float().cpu(), logits.dtype
 
 
