@@ -150,21 +150,25 @@ def next_message(messages: list[dict], text: str) -> dict:
     return {"role": "observation" if called else "user", "content": text}
 
 
-def printed(bot: Chatbot, messages: list[dict]) -> dict | None:
+def printed(bot: Chatbot, messages: list[dict], stream: bool = True) -> dict | None:
     """The answer, printed as it comes; what there is of it after Ctrl-C, None if that is nothing."""
     ids, dropped = bot.prompt(messages)
     if dropped:
         print(f"(The oldest {dropped} turns are left out: the prompt was too long.)", file=sys.stderr)
-    message, shown = None, ""
+    message, shown, stopped = None, "", ""
     try:
         for message in bot.answer(ids):
             text = text_of(message)
-            if text.startswith(shown):
+            if stream and text.startswith(shown):
                 print(text[len(shown) :], end="", flush=True)
                 shown = text
-        print()
     except KeyboardInterrupt:
-        print(" (stopped)")
+        if not stream:
+            raise
+        stopped = " (stopped)"
+    if message and shown.split() != text.split():  # not streamed, or bytes that turned out to be no character
+        print(("\n" if shown else "") + text, end="")
+    print(stopped)
     return message
 
 
@@ -386,11 +390,13 @@ def main():
         if arguments.prompt is not None:
             text = sys.stdin.read().strip() if arguments.prompt == "-" else arguments.prompt
             system = [{"role": "system", "content": arguments.system}] if arguments.system else []
-            printed(bot, [*system, {"role": "user", "content": text}])
+            printed(bot, [*system, {"role": "user", "content": text}], stream=sys.stdout.isatty())
         elif arguments.web:
             serve(page(bot, arguments.system, Path(arguments.model).name), arguments.host, arguments.port)
         else:
             converse(Conversation(bot, arguments.system))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (OSError, ValueError) as error:
         sys.exit(f"chat.py: {error}")
 

@@ -26,6 +26,7 @@ def run_chat(monkeypatch, capsys):
     def run(*flags, typed=""):
         monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, flags), "--device", "cpu"])
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        capsys.readouterr()  # of the fixtures
         chat.main()
         return capsys.readouterr()
 
@@ -61,10 +62,11 @@ def greedy(model, tokenizer, messages, count):
 @pytest.mark.parametrize("generation", ["chatglm1", "chatglm2", "chatglm3", "glm4_checkpoint", "llama"])
 def test_answer_to_a_prompt_is_all_of_standard_output(generation, run_chat, request):
     base = request.getfixturevalue(generation)
-    output = run_chat(base, "--prompt", "the lamps", "--max_new_tokens", 12, "--no_do_sample")
+    output = run_chat(base, "--prompt", "碧螺春多少钱？", "--max_new_tokens", 12, "--no_do_sample")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-    expected = greedy(model, tokenizer, [{"role": "user", "content": "the lamps"}], 12).rstrip("\ufffd")
-    assert output.out == expected + "\n" and expected
+    expected = greedy(model, tokenizer, [{"role": "user", "content": "碧螺春多少钱？"}], 12).rstrip("\ufffd")
+    assert output.out == expected + "\n"
+    assert expected or generation == "chatglm1"  # whose random weights, with tied embeddings, repeat <sop>
     assert f"Loading {base} on cpu" in output.err
 
 
@@ -145,7 +147,6 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(llama, run_chat, monkeypatc
                 os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(chat, "generated_ids", interrupted)
-    monkeypatch.setattr(signal, "getsignal", signal.getsignal)
     threads = threading.active_count()
     output = run_chat(llama, typed="the\na\n")
     assert counts == [20, 60] and "(stopped)" in output.out
@@ -210,7 +211,7 @@ def test_call_of_a_tool_and_its_result_go_into_the_history(generation, request, 
         {"role": "assistant", "content": "晴"},
     ]
     assert json.loads(saved.read_text(encoding="utf-8")) == {"messages": messages, "tools": tools}
-    assert f"weather\n{call}" in output and "A call of weather" in output
+    assert call in output and "A call of weather" in output
     for prompt, end in zip(prompts, (1, 3), strict=True):
         encoded = tokenizer.apply_chat_template(messages[:end], tools=tools, add_generation_prompt=True)
         assert prompt == encoded["input_ids"]
@@ -246,10 +247,7 @@ def test_dropped_turns_are_told_and_too_long_questions_keep_the_conversation(lla
 
 def test_sampling_flags_sample_and_the_seed_repeats(llama, run_chat):
     flags = ["--prompt", "the", "--temperature", "5", "--max_new_tokens", "20"]
-    first, again, other, greedy = (
-        run_chat(llama, *flags, "--seed", seed).out for seed in (1, 1, 2)
-    ), None, None, None  # fmt: skip
-    first, again, other = first
+    first, again, other = (run_chat(llama, *flags, "--seed", seed).out for seed in (1, 1, 2))
     greedy = run_chat(llama, "--prompt", "the", "--max_new_tokens", "20").out
     assert first == again and len({first, other, greedy}) == 3
 
