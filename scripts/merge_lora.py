@@ -202,11 +202,10 @@ class Adapter:
         module, _, kind = name.rpartition(".")
         if name in self.replaced:
             return self.replaced[name]
-        if module in self.layers:
+        if module in self.layers and (kind == "weight" or self.config.lora_bias):
             return getattr(self.merged_layer(module, base), kind).data
         return base.tensor(name)
 
-    @lru_cache(maxsize=1)  # noqa: B019  weight and bias of a layer are asked for one after the other
     def merged_layer(self, module: str, base: BaseWeights) -> torch.nn.Module:
         """One layer with the adapter merged into it, in float32.
 
@@ -233,8 +232,11 @@ class Adapter:
         config.modules_to_save, config.bias = None, "none"
         peft.inject_adapter_in_model(config, model)
         peft.set_peft_model_state_dict(model, {f"{module}.{part}": tensor.float() for part, tensor in parts.items()})
-        model.get_submodule(module).merge(safe_merge=True)
-        return model.get_submodule(module).get_base_layer()
+        model.get_submodule(module).merge()  # safe_merge would need a third float32 copy of the layer
+        merged = model.get_submodule(module).get_base_layer()
+        if not all(torch.isfinite(weight).all() for weight in merged.parameters()):
+            raise ValueError(f"The adapter makes infinities or NaN of {module}: its training went wrong.")
+        return merged
 
 
 def lora_config(folder: Path, name: str) -> peft.LoraConfig:
