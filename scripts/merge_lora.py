@@ -366,6 +366,9 @@ def write_native(merge: Merge, folder: Path, end: list[int]):
         "dtype": str(merge.outline(merge.base.names[0]).dtype).removeprefix("torch."),
         "rope_theta": rope["rope_theta"],  # where readers from before transformers 5 look for these two
         "partial_rotary_factor": rope["partial_rotary_factor"],
+        "rope_ratio": rope["rope_theta"] / 10000,  # llama.cpp's converter takes these three by their published names
+        "seq_length": merge.native.max_position_embeddings,
+        "layernorm_epsilon": merge.native.rms_norm_eps,
     }
     write_json(folder / "config.json", config)
     native_tokenizer(merge.tokenizer).save_pretrained(folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, PrefixTuningConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import CHATML
 from trained import script, write_adapter
@@ -137,6 +137,9 @@ def test_native_layout_is_the_same_model_in_stock_transformers(generation, check
     assert model.generation_config.eos_token_id == model.config.eos_token_id == sorted(ours.stop_token_ids)
     config = json.loads((folder / "config.json").read_text())
     assert config["rope_theta"] == model.config.rope_parameters["rope_theta"] == (5e6 if generation == "glm4" else 1e4)
+    assert config["rope_ratio"] == config["rope_theta"] / 1e4  # these three by the names that llama.cpp reads
+    published = ("seq_length", model.config.max_position_embeddings), ("layernorm_epsilon", model.config.rms_norm_eps)
+    assert all(config[name] == value for name, value in published)
     assert "auto_map" not in config and not list(folder.glob("*.py"))
     assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
 
@@ -250,7 +253,7 @@ def test_adapter_alone_fits_the_native_layout_exactly(options, chatglm3, merge, 
     base, _ = merge(adapter, "--format", "native", "--base_only", out="merged-base")
     names = json.loads((exported / "adapter_config.json").read_text())["target_modules"]
     assert sorted(names) == ["down_proj", "gate_up_proj", "k_proj", "o_proj", "q_proj", "v_proj"]
-    native = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), exported)
+    native, _ = merge_lora.opened(str(exported), base_model=str(base))  # as chat.py opens it: a PeftModel
     tuned = AutoPeftModelForCausalLM.from_pretrained(adapter)
     torch.testing.assert_close(logits(native), logits(tuned), atol=1e-5, rtol=0)
     models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (base, chatglm3)]
