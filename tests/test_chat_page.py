@@ -87,7 +87,8 @@ def send(browser, text):
 def shown(browser, who):
     """Texts of the messages on the page by "user" or "bot"."""
     query = f"return [...document.querySelectorAll('.{who}.message')].map(message => message.innerText)"
-    return browser.execute_script(query)  # in one go: the page changes all the time
+    texts = browser.execute_script(query)  # in one go: the page changes all the time
+    return [text for text in texts if text and not text.startswith("Loading")]
 
 
 def stop(browser, bot):
@@ -107,15 +108,14 @@ def test_answer_streams_stops_and_the_next_turn_knows_it(served, browser):
     bot, url = served
     page = browser(url)
     send(page, "first question")
-    until(lambda: len(shown(page, "bot")) == 1 and shown(page, "bot")[0])
-    early = shown(page, "bot")[0]
-    later = until(lambda: (text := shown(page, "bot")[0]) != early and text)
-    assert later.startswith(early[:-1]) and len(later) > len(early)
+    (early,) = until(lambda: shown(page, "bot"))
+    (later,) = until(lambda: (texts := shown(page, "bot")) != [early] and texts)
+    assert len(later) > len(early)
     stop(page, bot)
     assert 0 < len(bot.said) < 390  # of 400 tokens
     said = bot.said.copy()
     send(page, "second question")
-    until(lambda: len(shown(page, "bot")) == 2 and shown(page, "bot")[1])
+    until(lambda: len(shown(page, "bot")) == 2)
     stop(page, bot)
     *before, last = bot.asked[-1]
     assert before[:2] == [("system", "be brief"), ("user", "first question")]
@@ -129,7 +129,7 @@ def test_two_browsers_do_not_share_a_history(served, browser):
     for page, text in ((one, "mine"), (other, "yours"), (one, "mine again")):
         count = len(shown(page, "bot"))
         send(page, text)
-        until(lambda page=page, count=count: len(shown(page, "bot")) > count and shown(page, "bot")[-1])
+        until(lambda page=page, count=count: len(shown(page, "bot")) > count)
         stop(page, bot)
     asked = [[text for role, text in conversation if role == "user"] for conversation in bot.asked[-3:]]
     assert asked == [["mine"], ["yours"], ["mine", "mine again"]]
