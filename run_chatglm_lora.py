@@ -227,6 +227,7 @@ class LoraArguments:
     load_in_4bit: bool = argument(False, "Quantise the base to 4 bits while loading (QLoRA; needs bitsandbytes).")
     load_in_8bit: bool = argument(False, "Quantise the base to 8 bits while loading (needs bitsandbytes).")
     use_checkpoint_code: bool = argument(False, "Use a ChatGLM checkpoint's own code; needs --trust_remote_code.")
+    plot_loss: bool = argument(True, "Draw the losses into training_loss.png at the end (needs matplotlib).")
 
     def __post_init__(self):
         self.peft_type = self.peft_type.upper()
@@ -1039,6 +1040,17 @@ def train(trainer, guards, origin, limit):
     trainer.save_state()
 
 
+def draw_losses(trainer):
+    """Write training_loss.png; a copy of this script alone, or a machine without matplotlib, does without."""
+    folder = Path(trainer.args.output_dir)
+    if not (importlib.util.find_spec("loss_plot") and importlib.util.find_spec("matplotlib")):
+        logger.info("The losses are not drawn: that needs matplotlib, and loss_plot.py beside this script.")
+    elif trainer.is_world_process_zero() and any("loss" in entry for entry in trainer.state.log_history):
+        import loss_plot
+
+        loss_plot.draw([folder], folder / loss_plot.PICTURE)
+
+
 def evaluate_loss(trainer, limit):
     """Evaluate, and write loss, accuracy and perplexity (of chat data: from the loss over all trained tokens)."""
     metrics = trainer.evaluate()
@@ -1122,6 +1134,8 @@ def main():
             from prediction import predict  # beside this script
 
             predict(trainer, tokenizer, data[split], chat_args, padding_id(tokenizer), stage)
+    if training_args.do_train and lora_args.plot_loss:
+        draw_losses(trainer)
     publish(trainer, model_args, data_args)
     if launching:
         launching.end_processes()

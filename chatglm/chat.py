@@ -73,6 +73,34 @@ def json_arguments(text: str) -> dict[str, Any] | None:
     return arguments if isinstance(arguments, dict) else None
 
 
+def generated_ids(model, **options) -> Iterator[int]:
+    """Ids of `model.generate` one by one. It runs in a thread, which ends when nobody listens any more."""
+    streamer, closed = IdQueue(), Event()
+    criteria = StoppingCriteriaList([*(options.pop("stopping_criteria", None) or []), StopOn(closed)])
+    end = object()
+
+    def run():
+        try:
+            model.generate(**options, streamer=streamer, stopping_criteria=criteria)
+            streamer.put(end)
+        except BaseException as error:
+            streamer.put(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        prompt = streamer.queue.get()
+        if isinstance(prompt, BaseException):
+            raise prompt
+        while (token := streamer.queue.get()) is not end:
+            if isinstance(token, BaseException):
+                raise token
+            yield token.item()
+    finally:
+        closed.set()
+        thread.join()
+
+
 class ChatMixin:
     """For models whose tokenizer has `stop_token_ids` and a chat template.
 
@@ -118,7 +146,7 @@ class ChatMixin:
             inputs = self.continued(tokenizer, messages, past_key_values)
         options = {**self.chat_options(tokenizer, options), "past_key_values": past_key_values}
         reply_ids = []
-        for token_id in self.generated_ids(**inputs, **options):
+        for token_id in generated_ids(self, **inputs, **options):
             reply_ids.append(token_id)
             response, new_history = self.chat_reply(tokenizer, reply_ids, query, history, messages)
             if isinstance(response, dict) or (response and not response.endswith("\ufffd")):  # not half a character
@@ -186,30 +214,3 @@ class ChatMixin:
         new_ids = torch.tensor([tokenizer.continuation_of_chat(messages)])
         ids = torch.nn.functional.pad(new_ids, (cache.get_seq_length(), 0))
         return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)}).to(self.device)
-
-    def generated_ids(self, **options) -> Iterator[int]:
-        """Ids of `generate` one by one. It runs in a thread, which ends when nobody listens any more."""
-        streamer, closed = IdQueue(), Event()
-        criteria = StoppingCriteriaList([*(options.pop("stopping_criteria", None) or []), StopOn(closed)])
-        end = object()
-
-        def run():
-            try:
-                self.generate(**options, streamer=streamer, stopping_criteria=criteria)
-                streamer.put(end)
-            except BaseException as error:
-                streamer.put(error)
-
-        thread = Thread(target=run, daemon=True)
-        thread.start()
-        try:
-            prompt = streamer.queue.get()
-            if isinstance(prompt, BaseException):
-                raise prompt
-            while (token := streamer.queue.get()) is not end:
-                if isinstance(token, BaseException):
-                    raise token
-                yield token.item()
-        finally:
-            closed.set()
-            thread.join()

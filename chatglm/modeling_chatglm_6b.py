@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .chat import ChatMixin
+from .chat import ChatMixin, generated_ids
 from .configuration_chatglm_6b import ChatGLM6BConfig
 from .language_model import CausalLMMixin, PrefixEncoder, PrefixTunedMixin
 from .quantization import linear
@@ -399,7 +399,7 @@ class ChatGLM6BForConditionalGeneration(ChatMixin, CausalLMMixin, ChatGLM6BPreTr
         """The ids of one row so far, [1, S + 1], [1, S + 2], ..., up to the token before the end token."""
         stop_ids = kwargs.get("eos_token_id", self.generation_config.eos_token_id)
         stop_ids = [stop_ids] if isinstance(stop_ids, int) else stop_ids or []
-        for token in self.generated_ids(input_ids=input_ids, **kwargs):
+        for token in generated_ids(self, input_ids=input_ids, **kwargs):
             if token in stop_ids:
                 return
             input_ids = torch.cat((input_ids, input_ids.new_tensor([[token]])), dim=-1)

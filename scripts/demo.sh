@@ -33,7 +33,6 @@ if [ ! -f "$out"/adapter/all_results.json ]; then
     run --do_train --do_eval --validation_file examples/teahouse.jsonl --output_dir "$out"/adapter \
         --lora_target_modules all-linear --lora_r 16 --learning_rate 5e-3 --lr_scheduler_type cosine \
         --num_train_epochs 80 --per_device_train_batch_size 12 --logging_steps 10 --save_strategy no
-    "$python" scripts/plot_loss.py "$out"/adapter
 fi
 if [ ! -f "$out"/after/predict_results.json ]; then
     echo "== Its answers with the saved adapter"
@@ -52,6 +51,6 @@ rows = {
 for before, after in list(zip(rows["before"], rows["after"]))[:3]:
     print(f"\nquestion  {after['prompt']}\nbefore    {before['prediction'][:60]!r}\nafter     {after['prediction']}")
 share = json.loads((out / "after/predict_results.json").read_text())["predict_exact_match"]
-print(f"\n{share:.0%} of the {len(rows['after'])} answers come back word for word. Loss curve: {out}/adapter/loss.png")
+print(f"\n{share:.0%} of the {len(rows['after'])} answers come back word for word. Loss curve: {out}/adapter/training_loss.png")
 sys.exit(share < 0.9)
 PYTHON

@@ -1,35 +1,34 @@
-"""Draw the losses of a run: python scripts/plot_loss.py OUTPUT_DIR, which writes OUTPUT_DIR/loss.png."""
+"""Draw losses, learning rate and tokens per second of one or several training runs.
 
-import json
+    python scripts/plot_loss.py OUTPUT_DIR [OUTPUT_DIR ...] [--output FILE.png]
+
+The picture is OUTPUT_DIR/training_loss.png, for several runs loss_comparison.png in the current folder.
+"""
+
+import argparse
 import sys
 from pathlib import Path
 
-import matplotlib
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-matplotlib.use("Agg")  # no screen is needed
-from matplotlib import pyplot  # noqa: E402
-
-
-def curve(log, key):
-    """Steps and values of the log entries that have `key`."""
-    points = [(entry["step"], entry[key]) for entry in log if key in entry]
-    return tuple(zip(*points, strict=True)) or ((), ())
+from loss_plot import PICTURE, draw
 
 
 def main():
-    if len(sys.argv) != 2 or not Path(sys.argv[1], "trainer_state.json").is_file():
-        sys.exit("usage: python scripts/plot_loss.py OUTPUT_DIR   (a folder with a trainer_state.json)")
-    folder = Path(sys.argv[1])
-    log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for key, label in {"loss": "training", "eval_loss": "evaluation"}.items():
-        if curve(log, key)[0]:
-            axes.plot(*curve(log, key), label=label)
-    axes.set(xlabel="step", ylabel="loss", title=str(folder))
-    axes.legend()
-    figure.savefig(folder / "loss.png", dpi=120, bbox_inches="tight")
-    print(f"Wrote {folder / 'loss.png'}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", metavar="OUTPUT_DIR", help="--output_dir of a run, finished or not")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="where to write the picture")
+    arguments = parser.parse_args()
+    several = len(arguments.folders) > 1
+    path = arguments.output or (Path("loss_comparison.png") if several else Path(arguments.folders[0], PICTURE))
+    try:
+        draw(arguments.folders, path)
+    except ImportError:
+        sys.exit("The picture needs matplotlib: pip install matplotlib")
+    except (OSError, ValueError) as error:
+        sys.exit(f"plot_loss.py: {error}")
+    print(f"Wrote {path}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Tiny models, tokenizers and data, and the script as a function of its command line."""
 
 import os
-import subprocess
 import sys
 import tempfile
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from tiny import CHATML, CHATS, COMMON, LINES, ROOT, flat, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from trained import script
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import run_chatglm_lora
@@ -50,8 +50,10 @@ def llama(tmp_path_factory, tokenizer):
 
 
 def tiny_chatglm(folder, generation):
-    command = [sys.executable, str(ROOT / "scripts/tiny_chatglm.py"), str(folder), "--generation", generation]
-    subprocess.run([*command, "--text", str(ROOT / "examples/teahouse.jsonl")], check=True, capture_output=True)
+    words = [str(folder), "--generation", generation, "--text", str(ROOT / "examples/teahouse.jsonl")]
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        patch.setattr(sys, "argv", ["tiny_chatglm.py", *words])
+        script("tiny_chatglm").main()
     return str(folder)
 
 

@@ -15,7 +15,7 @@ def test_demo_teaches_the_answers_and_a_second_run_reuses_what_exists(tmp_path):
 
     first = demo()
     assert "answers come back word for word" in first and "== Tuning with LoRA" in first
-    assert (tmp_path / "out/adapter/loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out/adapter/training_loss.png").read_bytes().startswith(b"\x89PNG")
     trained = (tmp_path / "out/adapter/adapter_model.safetensors").stat().st_mtime_ns
     second = demo()
     assert "== " not in second and second.splitlines()[-1] == first.splitlines()[-1]

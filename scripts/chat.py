@@ -1,0 +1,405 @@
+"""Talk to a model or to an adapter, in the terminal or as a page in the browser.
+
+    python scripts/chat.py out                     a conversation with the adapter in out, on the base of its training
+    python scripts/chat.py out --prompt "Hello"    one answer on standard output; --prompt - reads standard input
+    python scripts/chat.py out --web               the same as a page, for this computer: http://127.0.0.1:7860
+
+MODEL is an adapter folder, a model folder or a hub name. The prompt is the one of training: the tokenizer's own.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import transformers
+
+from adapters import opened, stop_ids
+from chatglm.chat import generated_ids
+from run_chatglm_lora import padding_id
+
+
+HELP = '''\
+/clear         forget the conversation
+/system TEXT   begin anew under this system message, or under none
+/save FILE     append the conversation to FILE as one row of training data
+/exit          leave, as Ctrl-D does; Ctrl-C stops an answer
+A line that ends with \\ goes on in the next one; lines between """ and """ are one question.'''
+BLOCK = '"""'
+
+
+def parsed_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="adapter folder, model folder or hub name")
+    parser.add_argument("--base_model", help="the base of an adapter, where it is not at the place noted in it")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="answer this on standard output and exit; - reads the question"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--tools", type=Path, metavar="FILE", help="JSON list of tools, for models that call tools")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python files that the checkpoint brings")
+
+    sampling = parser.add_argument_group(
+        "how answers are chosen (default: as the checkpoint says, else the likeliest)"
+    )
+    sampling.add_argument("--do_sample", action="store_true", default=None)
+    sampling.add_argument("--no_do_sample", action="store_false", dest="do_sample", help="always the likeliest token")
+    sampling.add_argument("--temperature", type=float)
+    sampling.add_argument("--top_p", type=float)
+    sampling.add_argument("--top_k", type=int)
+    sampling.add_argument("--repetition_penalty", type=float)
+    sampling.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer (default %(default)s)")
+    sampling.add_argument("--seed", type=int, help="makes sampled answers repeatable")
+
+    loading = parser.add_argument_group("where and how the model is loaded")
+    loading.add_argument("--device", help="default: the accelerator if there is one, else cpu")
+    loading.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="default: bfloat16 (float16 on older cards), on the CPU as stored",
+    )
+    bits = loading.add_mutually_exclusive_group()
+    bits.add_argument("--load_in_4bit", action="store_const", const=4, dest="bits", help="needs bitsandbytes")
+    bits.add_argument("--load_in_8bit", action="store_const", const=8, dest="bits", help="needs bitsandbytes")
+
+    page = parser.add_argument_group("page")
+    page.add_argument("--web", action="store_true", help="serve a page; needs gradio")
+    page.add_argument("--host", default="127.0.0.1", help="0.0.0.0: let other computers in (default: this one alone)")
+    page.add_argument("--port", type=int, default=7860)
+    return parser.parse_args()
+
+
+# ---------------------------------------------------------------------------------------------------------- answers
+
+
+class Chatbot:
+    """A model that answers conversations, which are kept by whoever asks.
+
+    `options` go to `generate`. Raises ValueError for tools where the model does not call any.
+    """
+
+    def __init__(self, model, tokenizer, options: dict[str, Any], tools: list[dict] | None = None):
+        if tokenizer.chat_template is None:
+            raise ValueError("The tokenizer of this model has no chat template, so it knows no conversations.")
+        self.model, self.tokenizer, self.tools = model, tokenizer, tools
+        stops = stop_ids(tokenizer, model.generation_config.eos_token_id)
+        self.calls_end_with = tokenizer.convert_tokens_to_ids("<|observation|>")
+        if tools and self.calls_end_with not in stops:
+            raise ValueError("This model was not made to call tools (ChatGLM3 and GLM-4 are): leave --tools out.")
+        self.options = {**options, "eos_token_id": stops, "pad_token_id": padding_id(tokenizer)}
+        self.positions = getattr(model.config, "max_position_embeddings", None)
+        if self.positions:
+            self.options["max_new_tokens"] = min(self.options["max_new_tokens"], self.positions // 2)
+
+    def prompt(self, messages: list[dict]) -> tuple[list[int], int]:
+        """Ids of a conversation up to the cue for an answer, and how many of its oldest turns had no room."""
+        system = [message for message in messages[:1] if message["role"] == "system"]
+        turns, dropped = messages[len(system) :], 0
+        while True:
+            ids = self.tokenizer.apply_chat_template(
+                system + turns, tools=self.tools, add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+            if not self.positions or len(ids) + self.options["max_new_tokens"] <= self.positions:
+                return ids, dropped
+            starts = [index for index, message in enumerate(turns) if message["role"] == "user"]
+            if len(starts) < 2:
+                raise ValueError(
+                    f"The question makes a prompt of {len(ids)} tokens. The model has {self.positions} positions, of "
+                    f"which {self.options['max_new_tokens']} are kept for the answer (--max_new_tokens): shorten it."
+                )
+            turns, dropped = turns[starts[1] :], dropped + 1
+
+    def answer(self, ids: list[int]) -> Iterator[dict]:
+        """The message that answers a prompt, as far as it has come, again and again until it is complete.
+
+        A complete call of a tool has the tool's name as `metadata`.
+        """
+        given = torch.tensor([ids], device=self.model.device)  # [1, S]
+        reply = []
+        inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
+        for token in generated_ids(self.model, **inputs, **self.options):
+            reply.append(token)
+            # All of it each time: decoded by pieces, SentencePiece drops the blank that a piece begins with.
+            text = self.tokenizer.decode(reply, skip_special_tokens=True)
+            if token == self.calls_end_with:
+                name, _, call = text.partition("\n")
+                yield {"role": "assistant", "metadata": name.strip(), "content": call.strip()}
+            elif not text.endswith("\ufffd"):  # half a character
+                yield {"role": "assistant", "content": text.strip()}
+
+
+def is_call(message: dict | None) -> bool:
+    """Whether a message calls a tool, so that the tool's result comes next."""
+    return bool(message and message.get("metadata"))
+
+
+def text_of(message: dict) -> str:
+    return "\n".join([message["metadata"], message["content"]]) if is_call(message) else message["content"]
+
+
+def next_message(messages: list[dict], text: str) -> dict:
+    """What a user writes: a question or, after the call of a tool, what that returns."""
+    called = bool(messages) and is_call(messages[-1])
+    return {"role": "observation" if called else "user", "content": text}
+
+
+def printed(bot: Chatbot, messages: list[dict], stream: bool = True) -> dict | None:
+    """The answer, printed as it comes; what there is of it after Ctrl-C, None if that is nothing."""
+    ids, dropped = bot.prompt(messages)
+    if dropped:
+        print(f"(The oldest {dropped} turns are left out: the prompt was too long.)", file=sys.stderr)
+    message, shown, stopped = None, "", ""
+    try:
+        for message in bot.answer(ids):
+            text = text_of(message)
+            if stream and text.startswith(shown):
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+    except KeyboardInterrupt:
+        if not stream:
+            raise
+        stopped = " (stopped)"
+    if message and shown.split() != text.split():  # not streamed, or bytes that turned out to be no character
+        print(("\n" if shown else "") + text, end="")
+    print(stopped)
+    return message
+
+
+# --------------------------------------------------------------------------------------------------------- terminal
+
+
+class Conversation:
+    def __init__(self, bot: Chatbot, system: str | None):
+        self.bot = bot
+        self.begin(system)
+
+    def begin(self, system: str | None):
+        self.system = system
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def ask(self, text: str):
+        messages = [*self.messages, next_message(self.messages, text)]
+        try:
+            reply = printed(self.bot, messages)
+        except ValueError as error:
+            print(error)
+            return
+        if reply:
+            self.messages = [*messages, reply]
+        if is_call(reply):
+            print(f"(A call of {reply['metadata']}. What you write next goes back as its result.)")
+
+    def obey(self, command: str) -> bool:
+        """Carry out a command; False if it was the last."""
+        name, _, rest = command.partition(" ")
+        rest = rest.strip()
+        if name == "/clear":
+            self.begin(self.system)
+            print("(A new conversation.)")
+        elif name == "/system":
+            self.begin(rest or None)
+            print(f"(A new conversation {'under: ' + rest if rest else 'without a system message'}.)")
+        elif name == "/save":
+            self.save(rest)
+        elif name in ("/exit", "/quit"):
+            return False
+        else:
+            print(HELP)
+        return True
+
+    def save(self, path: str):
+        row = {"messages": self.messages, **({"tools": self.bot.tools} if self.bot.tools else {})}
+        if not path or not any(message["role"] == "assistant" for message in self.messages):
+            print(
+                "(/save FILE appends a conversation that has an answer: name the file.)"
+                if not path
+                else "(No answer yet.)"
+            )
+            return
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            print(f"(Not saved: {error})")
+        else:
+            print(f"(One row appended to {path}.)")
+
+
+def entered(cue: str) -> str:
+    """One question from the terminal: a line, lines that end with a backslash, or a block."""
+    text = input(cue)
+    if text.lstrip().startswith(BLOCK):
+        lines = [text.lstrip().removeprefix(BLOCK)]
+        while not lines[-1].rstrip().endswith(BLOCK):
+            lines.append(input("... "))
+        return "\n".join(lines).rstrip().removesuffix(BLOCK).strip("\n")
+    while text.endswith("\\"):
+        text = text[:-1] + "\n" + input("... ")
+    return text
+
+
+def converse(conversation: Conversation):
+    """Questions and answers until /exit or the end of the input."""
+    print("A line is a question; /help lists the commands.")
+    while True:
+        try:
+            text = entered("\n> ")
+        except KeyboardInterrupt:
+            print("\n(/exit or Ctrl-D leaves.)")
+            continue
+        except EOFError:
+            print()
+            return
+        if text.startswith("/"):
+            if not conversation.obey(text):
+                return
+        elif text.strip():
+            conversation.ask(text)
+
+
+# ------------------------------------------------------------------------------------------------------------- page
+
+
+def page(bot: Chatbot, system: str | None, title: str):
+    """Gradio's chat page. Each browser session has a history of its own; answers are made one after the other."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio
+    except ImportError as error:
+        raise ValueError("--web needs gradio: pip install 'gradio>=6'") from error
+
+    def replies(text, history):
+        messages = [{"role": "system", "content": system}] if system else []
+        for message in history:
+            content = message["content"]
+            if not isinstance(content, str):  # Gradio's list of parts
+                content = "".join(part.get("text", "") for part in content)
+            name = (message.get("metadata") or {}).get("title")
+            role = next_message(messages, "")["role"] if message["role"] == "user" else "assistant"
+            messages.append({"role": role, "content": content, **({"metadata": name} if name else {})})
+        messages.append(next_message(messages, text))
+        try:
+            ids, dropped = bot.prompt(messages)
+        except ValueError as error:
+            raise gradio.Error(str(error)) from error
+        if dropped:
+            gradio.Info(f"The oldest {dropped} turns are left out: the prompt was too long.")
+        for message in bot.answer(ids):
+            if is_call(message):
+                yield gradio.ChatMessage(message["content"], metadata={"title": message["metadata"]})
+            else:
+                yield message["content"]
+
+    # Without the button that sends a conversation to the hub's forum.
+    messages = gradio.Chatbot(show_label=False, buttons=["copy", "copy_all"], scale=1)
+    return gradio.ChatInterface(replies, chatbot=messages, title=title, concurrency_limit=1, analytics_enabled=False)
+
+
+def launched(interface, host: str, port: int | None):
+    """Start to serve the page; with port None at the first free one from 7860 on."""
+    import gradio
+
+    # The default theme asks a font service; these are on every computer.
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    place = {"server_name": host, "server_port": port, "share": False, "prevent_thread_lock": True}
+    interface.launch(**place, theme=theme, footer_links=[], ssr_mode=False, quiet=True)
+
+
+def serve(interface, host: str, port: int):
+    """Show the page until Ctrl-C."""
+    launched(interface, host, port)
+    if host not in ("127.0.0.1", "localhost"):
+        print(f"Everybody who reaches port {port} of this computer can use the page.", file=sys.stderr)
+    print(f"http://{host}:{port}   (Ctrl-C ends)", flush=True)
+    interface.block_thread()
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+
+def chosen_device(arguments: argparse.Namespace) -> str:
+    if arguments.device:
+        return arguments.device
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
+def chosen_dtype(arguments: argparse.Namespace, device: str) -> str | None:
+    """Name of the dtype to load in; None: as stored."""
+    if arguments.dtype or device == "cpu":
+        return arguments.dtype
+    old = device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "float16" if old else "bfloat16"
+
+
+def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say about generation; a flag of sampling asks for sampling."""
+    names = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+    options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if options["max_new_tokens"] < 1:
+        raise ValueError(f"--max_new_tokens must be at least 1, not {options['max_new_tokens']}.")
+    if {"temperature", "top_p", "top_k"} & set(options):
+        if options.get("do_sample") is False:
+            raise ValueError(
+                "--no_do_sample takes the likeliest token: --temperature, --top_p, --top_k say nothing then."
+            )
+        options["do_sample"] = True
+    return options
+
+
+def tools_in(path: Path) -> list[dict]:
+    """The list of tools in a JSON file. Raises ValueError if it is none."""
+    try:
+        tools = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--tools {path} is not JSON: {error}") from error
+    if not isinstance(tools, list) or not tools or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"--tools {path} must hold a list of objects, one for each tool.")
+    return tools
+
+
+def chatbot(arguments: argparse.Namespace) -> Chatbot:
+    options = generation_options(arguments)
+    tools = tools_in(arguments.tools) if arguments.tools else None
+    device = chosen_device(arguments)
+    print(f"Loading {arguments.model} on {device} ...", file=sys.stderr, flush=True)
+    model, tokenizer = opened(
+        arguments.model,
+        base_model=arguments.base_model,
+        dtype=chosen_dtype(arguments, device),
+        device=device,
+        bits=arguments.bits,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    if arguments.seed is not None:
+        transformers.set_seed(arguments.seed)
+    return Chatbot(model, tokenizer, options, tools)
+
+
+def main():
+    arguments = parsed_arguments()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        bot = chatbot(arguments)
+        if arguments.prompt is not None:
+            text = sys.stdin.read().strip() if arguments.prompt == "-" else arguments.prompt
+            system = [{"role": "system", "content": arguments.system}] if arguments.system else []
+            printed(bot, [*system, {"role": "user", "content": text}], stream=sys.stdout.isatty())
+        elif arguments.web:
+            serve(page(bot, arguments.system, Path(arguments.model).name), arguments.host, arguments.port)
+        else:
+            converse(Conversation(bot, arguments.system))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, ValueError) as error:
+        sys.exit(f"chat.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
