@@ -1,0 +1,204 @@
+"""Ids and labels against those of the scripts published with the checkpoints; prompts, templates, tools, the cache."""
+
+import json
+import logging
+import shutil
+
+import pytest
+from goldens_io import GOLDENS, recorded_texts
+from tiny import CHAT_FLAGS, CHATML, results, write_jsonl
+from transformers import AutoTokenizer
+
+from chat_rows import RowFormat, as_template_takes_them, conversation
+from chatglm import ChatGLM6BTokenizer, ChatGLMTokenizer
+from run_chatglm_lora import (
+    IGNORE_INDEX,
+    ChatArguments,
+    answers_apart,
+    encoded_conversations,
+    encoded_prompts,
+    prompt_ids,
+    up_to_answers,
+)
+
+
+PAIR = RowFormat("prompt_response", "content", "summary", "history")
+CONVERSATIONS = RowFormat("messages", messages="conversations")
+RECORDED = recorded_texts("train_format")
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vocabularies")
+    shutil.copy(GOLDENS / "tokenizer/v1_tok.model", folder / "ice_text.model")
+    shutil.copy(GOLDENS / "tokenizer/v2_tok.model", folder / "tokenizer.model")
+    second, third = (ChatGLMTokenizer(str(folder / "tokenizer.model"), generation=f"chatglm{n}") for n in (2, 3))
+    return {"v1": ChatGLM6BTokenizer(str(folder / "ice_text.model"), num_image_tokens=0), "v2": second, "v3": third}
+
+
+def encoded(tokenizer, row, row_format, source=1000, target=1000):
+    """The examples of a row."""
+    args = ChatArguments(max_source_length=source, max_target_length=target)
+    pieces = up_to_answers(conversation(row, row_format, ""), answers_apart(tokenizer))
+    return list(encoded_conversations(tokenizer, pieces, args))
+
+
+def recorded_rows(golden):
+    """(row, ids without the padding, labels beside them) of a recorded batch."""
+    named = [name for name in golden["examples"] if name != "history" or golden["history_column"]]
+    for number, (ids, labels) in enumerate(zip(golden["input_ids"], golden["labels"], strict=True)):
+        end = max(i for i, label in enumerate(labels) if label != IGNORE_INDEX) + 1
+        yield {name: golden["examples"][name][number] for name in named}, ids[:end], labels[:end]
+
+
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_prompt_and_response_rows_give_the_ids_of_the_published_script(tokenizers, name):
+    tokenizer, compared = tokenizers[name], 0
+    for golden in RECORDED[f"{name}_ptuning"]:
+        # The script for ChatGLM-6B counts two special tokens as part of the answer.
+        target = golden["max_target_length"] - (2 if name == "v1" else 0)
+        for row, ids, labels in recorded_rows(golden):
+            example = encoded(tokenizer, row, PAIR, target=target)[-1]
+            if name == "v1" and golden["history_column"] and not row["history"]:
+                continue  # it trains another prompt here than the model's chat and its own evaluation use
+            prompt = example["labels"].count(IGNORE_INDEX)
+            if prompt > golden["max_source_length"] - (0 if name == "v2" else -2):
+                continue  # the question is cut off there
+            assert example["input_ids"] == ids
+            if name == "v1":  # it also trains the <sop> that ends every prompt and is never generated
+                assert labels[prompt - 1] == tokenizer.bos_token_id
+                labels = labels[: prompt - 1] + [IGNORE_INDEX] + labels[prompt:]
+            assert example["labels"] == labels
+            compared += 1
+    assert compared >= 3
+
+
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_question_that_the_published_script_cuts_off_is_kept(tokenizers, name):
+    golden = RECORDED[f"{name}_ptuning"][3]  # with a history, and room for 9 tokens
+    row, ids, _ = list(recorded_rows(golden))[1]
+    limit = 30
+    (*_, example) = encoded(tokenizers[name], row, PAIR, source=limit, target=50)
+    question = tokenizers[name].encode(row["content"], add_special_tokens=False)
+    text, cut = (tokenizers[name].decode(part) for part in (example["input_ids"], ids))
+    assert tokenizers[name].decode(question) in text and tokenizers[name].decode(question) not in cut
+    assert example["labels"].count(IGNORE_INDEX) <= limit
+
+
+def test_messages_of_chatglm3_give_the_ids_and_labels_of_the_published_script(tokenizers):
+    golden = RECORDED["v3_finetune_hf"][0]
+    batch, train = golden["batch"]["conversations"], golden["train"]
+    for messages, ids, labels in zip(batch, train["input_ids"], train["labels"], strict=True):
+        (example,) = encoded(tokenizers["v3"], {"conversations": messages}, CONVERSATIONS)
+        assert (example["input_ids"], example["labels"]) == (ids, labels)
+
+
+def test_prompts_of_evaluation_are_those_of_the_published_script(tokenizers):
+    golden = RECORDED["v3_finetune_hf"][0]
+    rows = {"conversations": golden["batch"]["conversations"]}
+    args = ChatArguments()
+    prompts = encoded_prompts(rows, range(2), tokenizers["v3"], CONVERSATIONS, args, "test")
+    recorded = golden["eval"]["input_ids"]
+    assert prompts["input_ids"] == [recorded[1], recorded[2]]  # it has one for each answer, here each row has one
+
+
+def test_cut_answer_is_trained_to_end_where_the_published_script_leaves_it_open(tokenizers):
+    golden = RECORDED["v3_finetune_hf"][1]
+    messages, ids = golden["batch"]["conversations"][0], golden["train"]["input_ids"][0]
+    (example,) = encoded(tokenizers["v3"], {"conversations": messages}, CONVERSATIONS, 40, 4)
+    assert tokenizers["v3"].eos_token_id not in ids and example["labels"][-1] == tokenizers["v3"].eos_token_id
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_conversations_with_tools_are_those_of_chatglm3_s_guide(tokenizers, number):
+    golden = RECORDED["v3_multiturn_2023"][number]
+    (example,) = encoded(tokenizers["v3"], golden["item"], CONVERSATIONS)
+    assert example["input_ids"] == golden["tokens"]
+    predicted = golden["loss_masks(prediction of the NEXT token is trained)"]
+    assert [int(label != IGNORE_INDEX) for label in example["labels"][1:]] == predicted[:-1]
+
+
+def test_messages_that_are_not_to_be_trained_have_no_labels(tokenizers, tokenizer):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bb", "loss": False}]
+    messages += [{"role": "user", "content": "c", "loss": True}, {"role": "assistant", "content": "dd"}]
+    for each, separate in ((tokenizers["v3"], False), (tokenizer, True)):
+        (example,) = encoded(each, {"conversations": messages}, CONVERSATIONS)
+        trained = each.decode([label for label in example["labels"] if label != IGNORE_INDEX])
+        assert "bb" not in trained and "dd" in trained and "c" in trained
+        assert separate == ("<|im_end|>" in trained)
+
+
+def test_answers_without_loss_are_no_examples_of_their_own(tokenizers):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "loss": False}]
+    messages += [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+    assert len(encoded(tokenizers["v2"], {"conversations": messages}, CONVERSATIONS)) == 1
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+CALL = {"name": "f", "arguments": {"n": 3, "c": "高"}}
+CALLED = [
+    {"role": "system", "content": "", "tools": TOOLS},
+    {"role": "user", "content": "q"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": CALL}],
+    },
+    {"role": "observation", "content": "22"},
+]
+
+
+def test_calls_are_written_as_each_model_writes_them(tokenizers, glm4_checkpoint):
+    calls = {"v3": "```python\ntool_call(n=3, c='高')\n```", "glm4": '{"n": 3, "c": "高"}'}
+    for name, text in calls.items():
+        own = tokenizers.get(name) or AutoTokenizer.from_pretrained(glm4_checkpoint)
+        messages, tools = as_template_takes_them(CALLED, own)
+        assert tools is None and messages[2] == {"role": "assistant", "content": text, "metadata": "f"}
+    with pytest.raises(ValueError, match="chatglm2 has no prompt for calls of tools"):
+        as_template_takes_them(CALLED, tokenizers["v2"])
+
+
+def test_other_templates_get_tools_calls_and_results_as_they_know_them(tokenizer, monkeypatch):
+    with_tools = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML
+    monkeypatch.setattr(tokenizer, "chat_template", with_tools)
+    messages, tools = as_template_takes_them(CALLED, tokenizer)
+    assert tools == TOOLS and [message["role"] for message in messages] == ["user", "assistant", "tool"]
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML)
+    messages, tools = as_template_takes_them(CALLED, tokenizer)
+    assert tools is None and messages[0]["content"].endswith(json.dumps(TOOLS, ensure_ascii=False, indent=4))
+
+
+def test_template_from_a_file_is_used_and_saved(run, llama, tokenizer, chats, tmp_path):
+    (tmp_path / "own.jinja").write_text(CHATML.replace("im_start|>", "im_start|>~"), encoding="utf-8")
+    flags = ["--model_name_or_path", llama, "--train_file", chats, "--do_train", "--max_steps", 1]
+    folder = run(flags, "--max_target_length", 16, "--chat_template", tmp_path / "own.jinja")
+    saved = AutoTokenizer.from_pretrained(folder)
+    assert "~" in tokenizer.decode(prompt_ids(saved, [{"role": "user", "content": "a"}]))
+
+
+def test_same_run_takes_the_encoding_from_the_cache_and_any_change_does_not(run, chatglm3, chats, caplog, tmp_path):
+    flags = ["--model_name_or_path", chatglm3, "--train_file", chats, CHAT_FLAGS, "--do_train", "--max_steps", 1]
+    flags += ["--cache_dir", tmp_path / "cache"]
+
+    def caches(*more):
+        run(flags, *more)
+        return len(list((tmp_path / "cache").rglob("cache-*.arrow")))
+
+    with caplog.at_level(logging.ERROR):
+        first = caches()
+        assert first > 0 and caches() == first
+        assert caches("--learning_rate", 1e-3, "--lora_r", 4) == first
+        changes = [["--max_source_length", 50], ["--max_target_length", 5], ["--system_prompt", "短"]]
+        (tmp_path / "own.jinja").write_text(CHATML)
+        changes += [["--chat_template", tmp_path / "own.jinja"]]
+        counts = [first] + [caches(*change) for change in changes]
+        assert counts == sorted(set(counts)), "every change encodes anew"
+    write_jsonl(tmp_path / "other.jsonl", [{"prompt": "a", "response": "b"}])
+    assert caches("--train_file", tmp_path / "other.jsonl") > counts[-1]
+
+
+def test_two_processes_encode_as_one(run, chatglm3, chats):
+    flags = ["--model_name_or_path", chatglm3, "--train_file", chats, CHAT_FLAGS, "--do_train", "--max_steps", 1]
+    counts = [results(run(flags, "--overwrite_cache", more), "train")["train_loss"]
+              for more in ([], ["--preprocessing_num_workers", 2])]  # fmt: skip
+    assert counts[0] == counts[1]
