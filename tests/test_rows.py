@@ -255,15 +255,8 @@ def test_same_conversations_train_alike_from_every_file_type(run, chatglm3, tmp_
     folder.mkdir()
     write_jsonl(folder / "train.jsonl", pairs)
     sources = [["--train_file", tmp_path / f"a.{suffix}"] for suffix in ("jsonl", "json", "csv", "parquet")]
-    common = [
-        "--model_name_or_path",
-        chatglm3,
-        "--do_train",
-        "--max_steps",
-        2,
-        "--train_sampling_strategy",
-        "sequential",
-    ]
+    common = ["--model_name_or_path", chatglm3, "--do_train", "--max_steps", 2, "--lora_dropout", 0]
+    common += ["--train_sampling_strategy", "sequential", "--per_device_train_batch_size", 4]
     seen = []
     for number, source in enumerate([*sources, ["--dataset_name", folder], ["--dataset_name", folder, "--streaming"]]):
         seen.append(run(common, source, output=f"out{number}") / "trainer_state.json")

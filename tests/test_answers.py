@@ -1,0 +1,116 @@
+"""Answers by generation: what is written, in which order, after a stop, and with which scores."""
+
+import json
+import math
+
+import pytest
+from tiny import CHAT_FLAGS, CHATS, results, write_jsonl
+from transformers import AutoTokenizer
+
+import chatglm  # noqa: F401
+import prediction
+from prediction import answer_scores
+from run_chatglm_lora import ChatArguments, encoded_chats
+
+
+def lines(folder, name="generated_predictions.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def flags(chatglm3, chats):
+    flags = ["--model_name_or_path", chatglm3, "--test_file", chats, CHAT_FLAGS, "--do_predict"]
+    return [*flags, "--max_target_length", 4, "--per_device_eval_batch_size", 3]
+
+
+def test_stopped_run_keeps_its_answers_and_the_same_command_goes_on(run, flags, monkeypatch, tmp_path):
+    whole = lines(run(flags, output="whole"))
+    generated, calls = prediction.generated_ids, []
+
+    def stopped_after_two_batches(model, prompts, *args, **kwargs):
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generated(model, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(prediction, "generated_ids", stopped_after_two_batches)
+    with pytest.raises(KeyboardInterrupt):
+        run(flags, output="stopped")
+    folder = tmp_path / "stopped"
+    assert len(lines(folder)) == 6 and all(line in whole for line in lines(folder))
+    with open(folder / "generated_predictions.jsonl", "a") as file:
+        file.write('{"prompt": "half a li')
+    run(flags, output="stopped")
+    assert lines(folder) == whole and sum(calls) == 3 + len(CHATS)
+    assert sorted(path.name for path in folder.glob("generated*")) == ["generated_predictions.jsonl"]
+
+
+def test_other_flags_begin_anew(run, flags, monkeypatch, tmp_path):
+    monkeypatch.setattr(prediction.AnswerFile, "finish", lambda self, lines: None)
+    run(flags)
+    seen = []
+    monkeypatch.setattr(prediction.logger, "info", seen.append)
+    run(flags)
+    assert any("16 of 16 rows were answered before" in message for message in seen)
+    seen.clear()
+    run(flags, "--num_beams", 2)
+    assert not any("answered before" in message for message in seen)
+
+
+def test_sampling_flags_reach_generate(run, flags):
+    greedy, drawn, again = (
+        lines(run(flags, "--seed", 5, more, output=f"out{i}"))
+        for i, more in enumerate([[], *[["--do_sample", "--temperature", 50, "--top_p", 1]] * 2])
+    )
+    assert drawn != greedy and drawn == again
+
+
+def test_answers_of_the_validation_rows_are_scored_with_the_evaluation(run, chatglm3, chats):
+    flags = ["--model_name_or_path", chatglm3, "--validation_file", chats, CHAT_FLAGS, "--do_eval"]
+    folder = run(flags, "--predict_with_generate", "--max_target_length", 4, "--max_eval_samples", 3)
+    metrics = results(folder, "eval")
+    assert {"eval_bleu-4", "eval_rouge-l", "eval_exact_match", "eval_token_loss", "perplexity"} <= metrics.keys()
+    assert len(lines(folder, "generated_evaluations.jsonl")) == 3
+    assert results(folder, "all")["eval_bleu-4"] == metrics["eval_bleu-4"]
+
+
+@pytest.mark.parametrize("name", ["chatglm1", "chatglm2", "chatglm3", "glm4_checkpoint", "llama"])
+def test_one_prompt_for_training_evaluation_and_prediction(name, request, tmp_path):
+    """The last answer's example begins with the very prompt that is answered, in every generation's format."""
+    import chat_rows
+    from run_chatglm_lora import DataTrainingArguments, TrainingArguments
+
+    rows = [{"messages": [
+        {"role": "system", "content": "short"}, {"role": "user", "content": "who paints"},
+        {"role": "assistant", "content": "the baker"}, {"role": "user", "content": "and then"},
+        {"role": "assistant", "content": "a heron"},
+    ]}]  # fmt: skip
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    args = ChatArguments(predict_with_generate=True)
+    files = {split: [path] for split in ("train", "validation", "test")}
+    raw, row_format = chat_rows.read(files, args, streaming=False, cache_dir=str(tmp_path))
+    training_args = TrainingArguments(str(tmp_path), do_train=True, do_eval=True, do_predict=True, use_cpu=True)
+    tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(name))
+    data = encoded_chats(raw, row_format, tokenizer, args, DataTrainingArguments(), training_args)
+    train, validation, test, questions = (data[split][-1] for split in ("train", "validation", "test", "questions"))
+    prompt = test["input_ids"]
+    assert questions["input_ids"] == prompt and validation["input_ids"] == train["input_ids"]
+    assert train["input_ids"][: len(prompt)] == prompt
+    assert set(train["labels"][len(prompt) - 1 : len(prompt)]) == {-100} and train["labels"][len(prompt)] != -100
+    assert test["prompt"] == "and then" and test["reference"] == "a heron"
+    assert "heron" not in tokenizer.decode(prompt)
+
+
+def test_scores_are_known_values_in_chinese():
+    right = {"prediction": "今天天气很好", "reference": "今天天气很好 "}
+    other = {"prediction": "今天下雨", "reference": "今天天气很好"}
+    empty = {"prediction": "", "reference": "好"}
+    perfect = answer_scores([right])
+    assert perfect["exact_match"] == 1
+    assert all(math.isclose(perfect[name], 100, rel_tol=1e-6) for name in ("bleu-4", "rouge-1", "rouge-2", "rouge-l"))
+    # jieba: 今天 下雨 against 今天天气 很 好, or 今天 天气 很 好; both share no pair of words
+    scores = answer_scores([other])
+    assert scores["exact_match"] == 0 and scores["rouge-2"] == 0 and 0 < scores["bleu-4"] < 40
+    mixed = answer_scores([right, empty, {"prediction": "好", "reference": None}])
+    assert mixed["exact_match"] == 0.5 and math.isclose(mixed["rouge-l"], 50, rel_tol=1e-6)
+    assert answer_scores([{"prediction": "好", "reference": None}]) == {}
