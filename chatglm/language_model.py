@@ -38,12 +38,19 @@ class SummedCrossEntropy(torch.autograd.Function):
         for rows, labels in zip(states.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True):
             with torch.enable_grad():
                 rows = rows.detach().requires_grad_()
-                loss = summed_cross_entropy(rows, labels, output_layer)
-            by_rows, *added = torch.autograd.grad(loss, (rows, *weights), materialize_grads=True)
+                logits = output_layer(rows)
+            # The gradient of the logits is their probabilities, less 1 at the target. Made in the place of the
+            # logarithms it costs one pass over [N, V] where autograd takes three.
+            change = nn.functional.log_softmax(logits.detach().float(), dim=-1)
+            targeted = (torch.arange(len(labels), device=labels.device), labels)
+            total = total - change[targeted].sum()
+            change.exp_()[targeted] -= 1
+            by_rows, *added = torch.autograd.grad(
+                logits, (rows, *weights), change.to(logits.dtype), materialize_grads=True
+            )
             by_states.append(by_rows)
             for gradient, more in zip(by_weights, added, strict=True):
                 gradient += more
-            total = total + loss.detach()
         ctx.save_for_backward(torch.cat(by_states), *by_weights)
         return total
 
