@@ -283,9 +283,8 @@ class PartsTokenizer(TokenizersBackend):
         for parts in prompts:
             ids, mask = [], []
             for text, special, trained in parts:
-                part_ids = ids_of_token[text] if special else ids_of_text[text]
-                ids += part_ids
-                mask += [int(trained)] * len(part_ids)
+                ids += ids_of_token[text] if special else ids_of_text[text]
+                mask += [int(trained)] * (len(ids) - len(mask))
             input_ids.append(ids)
             masks.append(mask)
         return {"input_ids": input_ids, "assistant_masks": masks}
