@@ -19,8 +19,8 @@ class Part(NamedTuple):
     """A piece of a prompt that is encoded on its own: a special token or a text."""
 
     text: str
-    special: bool = False
     trained: bool = False
+    special: bool = False
 
 
 def config_beside(vocab_file: str | None) -> dict[str, Any]:
@@ -220,7 +220,10 @@ class PartsTokenizer(TokenizersBackend):
         batched = len(conversation) > 0 and not isinstance(conversation[0], dict)
         conversations = conversation if batched else [conversation]
         tools = [get_json_schema(tool) if callable(tool) else tool for tool in tools or []]
-        prompts = [self._prompt(messages, tools, add_generation_prompt, template) for messages in conversations]
+        prefix = [Part(token, special=True) for token in self.prefix]
+        prompts = [
+            prefix + self._prompt(messages, tools, add_generation_prompt, template) for messages in conversations
+        ]
         if not tokenize:
             texts = [self._text_of(parts) for parts in prompts]
             return texts if batched else texts[0]
@@ -250,10 +253,10 @@ class PartsTokenizer(TokenizersBackend):
         return encoding if return_dict else encoding["input_ids"]
 
     def _prompt(self, messages: list[dict], tools: list, cue: bool, template: str) -> list[Part]:
+        """`_parts` of messages that were checked."""
         if not messages:
             raise ValueError("A conversation needs at least one message.")
-        parts = self._parts([self._checked(message) for message in messages], tools, cue, template)
-        return [*(Part(token, special=True) for token in self.prefix), *parts]
+        return self._parts([self._checked(message) for message in messages], tools, cue, template)
 
     def _checked(self, message: dict[str, Any]) -> dict[str, Any]:
         """The message, with "" for a content that is missing; ValueError where role or content is not known."""
@@ -274,7 +277,7 @@ class PartsTokenizer(TokenizersBackend):
         backend.no_padding()
         backend.encode_special_tokens = True  # that is, as text
         tokens, texts = set(), set()  # each once: newlines come often
-        for text, special, _ in chain.from_iterable(prompts):
+        for text, _, special in chain.from_iterable(prompts):
             (tokens if special else texts).add(text)
         ids_of_token = {token: [backend.token_to_id(token)] for token in tokens}
         encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -282,7 +285,7 @@ class PartsTokenizer(TokenizersBackend):
         input_ids, masks = [], []
         for parts in prompts:
             ids, mask = [], []
-            for text, special, trained in parts:
+            for text, trained, special in parts:
                 ids += ids_of_token[text] if special else ids_of_text[text]
                 mask += [int(trained)] * (len(ids) - len(mask))
             input_ids.append(ids)
