@@ -558,7 +558,7 @@ def up_to_answers(messages, apart) -> list[list[dict]]:
     return [messages[:end] for end in (ends if apart else ends[-1:])]
 
 
-def marked_ids(tokenizer, conversations) -> list[tuple[list[int], list[int]]]:
+def marked_ids(tokenizer, conversations) -> list[tuple[list[int], bytes]]:
     """Token ids of conversations that end with an answer, and a mark (1) on each token that is trained.
 
     ChatGLM's tokenizers mark the answers themselves, all conversations in one call. For any other, and for ChatGLM
@@ -567,10 +567,11 @@ def marked_ids(tokenizer, conversations) -> list[tuple[list[int], list[int]]]:
     if conversations and own_end_id(tokenizer) is not None:
         batch = [chat_rows.as_template_takes_them(messages, tokenizer)[0] for messages in conversations]
         encoded = tokenizer.apply_chat_template(batch, return_dict=True, return_assistant_tokens_mask=True)
-        marked = list(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True))
+        marked = list(zip(encoded["input_ids"], map(bytes, encoded["assistant_masks"]), strict=True))
         if all(1 in marks for _, marks in marked):
             return marked
-    return [ids_by_turn(tokenizer, messages) for messages in conversations]
+    turns = (ids_by_turn(tokenizer, messages) for messages in conversations)
+    return [(ids, bytes(marks)) for ids, marks in turns]  # bytes are searched ten times as fast as lists
 
 
 def own_end_id(tokenizer) -> int | None:
@@ -599,7 +600,13 @@ def ids_by_turn(tokenizer, messages) -> tuple[list[int], list[int]]:
 
 def answer_start(marks) -> int:
     """Where the last answer begins: behind the last token that is not trained."""
-    return len(marks) - marks[::-1].index(0)
+    return marks.rindex(0) + 1
+
+
+def answer_length(answer, end) -> int:
+    """Tokens of an answer without what ends it: its end token and what a template writes after that."""
+    ending = answer[: -ENDING_TOKENS - 1 : -1]  # from the last token on
+    return len(answer) - (ending.index(end) + 1 if end in ending else 0)
 
 
 def without_oldest_turns(tokenizer, messages, limit) -> list[dict]:
@@ -639,16 +646,15 @@ def encoded_conversations(tokenizer, conversations, chat_args) -> Iterator[dict]
             short = without_oldest_turns(tokenizer, messages, chat_args.max_source_length)
             ((ids, marks),) = marked_ids(tokenizer, [short])
             start = answer_start(marks)
-        answer = ids[start:]
-        length = len(answer) - answer[::-1].index(end) - 1 if end in answer else len(answer)  # without its ending
-        kept = answer[: min(length, chat_args.max_target_length)] + (answer[length:] or [end])
-        labels = [IGNORE_INDEX] * start
+        length = answer_length(ids[start:], end)
+        ids[start + min(length, chat_args.max_target_length) :] = ids[start + length :] or [end]
+        labels = [IGNORE_INDEX] * start + ids[start:]
         for i in range(start) if 1 in marks[:start] else ():  # earlier answers
             labels[i] = ids[i] if marks[i] else IGNORE_INDEX
         yield {
-            "input_ids": ids[:start] + kept,
-            "labels": labels + kept,
-            "length": start + len(kept),
+            "input_ids": ids,
+            "labels": labels,
+            "length": len(ids),
             "source_cut": source_cut,
             "target_cut": length > chat_args.max_target_length,
         }
@@ -737,7 +743,7 @@ def examples_of(read, tokenizer, chat_args) -> list[dict]:
     """
     try:
         examples = encoded_conversations(tokenizer, [messages for _, _, messages in read], chat_args)
-        return [{**example, "row": row[0], "problem": None} for row, example in zip(read, examples, strict=True)]
+        return [{**example, "row": row, "problem": None} for (row, *_), example in zip(read, examples, strict=True)]
     except (ValueError, TemplateError) as error:
         if len(read) > 1:
             return list(chain.from_iterable(examples_of([row], tokenizer, chat_args) for row in read))

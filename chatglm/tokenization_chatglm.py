@@ -121,12 +121,12 @@ def role_parts(messages: list[dict], tools: list | None, cue: bool, roles: dict[
         content = message["content"]
         if message["role"] == "system" and (functions := message.get("tools") or (tools if index == 0 else None)):
             content += "\n" + json.dumps(functions, indent=4, ensure_ascii=False)
-        yield Part(roles[message["role"]], special=True, trained=trained)
+        yield Part(roles[message["role"]], trained, special=True)
         trained = is_trained(message)
-        yield Part((message.get("metadata") or "") + "\n", trained=trained)
-        yield Part(content, trained=trained)
+        yield Part((message.get("metadata") or "") + "\n", trained)
+        yield Part(content, trained)
     if cue:
-        yield Part(roles["assistant"], special=True, trained=trained)
+        yield Part(roles["assistant"], trained, special=True)
 
 
 def round_parts(messages: list[dict], cue: bool) -> Iterator[Part]:
@@ -141,7 +141,7 @@ def round_parts(messages: list[dict], cue: bool) -> Iterator[Part]:
             text += message["content"] + "\n\n"
     yield Part(text)
     if messages and messages[-1]["role"] == "assistant":
-        yield Part(messages[-1]["content"], trained=is_trained(messages[-1]))
+        yield Part(messages[-1]["content"], is_trained(messages[-1]))
 
 
 class ChatGLMTokenizer(PartsTokenizer):

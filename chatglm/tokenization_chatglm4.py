@@ -179,11 +179,11 @@ class ChatGLM4Tokenizer(PartsTokenizer):
             if functions and message["role"] == "system":
                 texts = [self._tools_text(functions, template), *(texts if message["content"] else [])]
             for text in texts:
-                parts.append(Part(self.roles[message["role"]], special=True, trained=trained))
+                parts.append(Part(self.roles[message["role"]], trained, special=True))
                 trained = is_trained(message)
-                parts.append(Part(text, trained=trained))
+                parts.append(Part(text, trained))
         if cue:
-            parts.append(Part(self.roles["assistant"], special=True, trained=trained))
+            parts.append(Part(self.roles["assistant"], trained, special=True))
         return parts
 
     def _tools_text(self, tools: list[dict[str, Any]], template: str) -> str:

@@ -313,5 +313,5 @@ class ChatGLM6BTokenizer(PartsTokenizer):
         text = rounds_of(questions, replies[: len(questions) - 1], cue or answered)
         if len(turns) < len(messages):
             text = messages[0]["content"] + "\n" + text
-        reply = [Part(replies[-1], trained=is_trained(messages[-1]))] if answered else []
+        reply = [Part(replies[-1], is_trained(messages[-1]))] if answered else []
         return [Part(text), *(Part(token, special=True) for token in self.suffix), *reply]
