@@ -87,6 +87,7 @@ IGNORE_INDEX = -100  # the label that torch's cross entropy leaves out
 ENDING_TOKENS = 8  # room for what ends an answer: its eos, and what a template writes after it, such as a newline
 EMPTY_EXAMPLE = {"input_ids": [], "labels": [], "length": 0, "source_cut": False, "target_cut": False}
 ENCODING_FLAGS = ("system_prompt", "skip_bad_rows", "max_source_length", "max_target_length")  # they shape the ids
+LIMIT_FLAGS = {"train": "max_train_samples", "validation": "max_eval_samples"}
 FILE_BUILDERS = {"csv": "csv", "json": "json", "jsonl": "json", "txt": "text", "parquet": "parquet"}
 
 
@@ -233,15 +234,21 @@ class LoraArguments:
             raise ValueError("--load_in_4bit and --load_in_8bit need bitsandbytes: pip install bitsandbytes")
 
 
-ARGUMENT_CLASSES = (ModelArguments, DataTrainingArguments, ChatArguments, LoraArguments, TrainingArguments)
+ADDED_ARGUMENTS = (ChatArguments, LoraArguments)
+ARGUMENT_CLASSES = (ModelArguments, DataTrainingArguments, *ADDED_ARGUMENTS, TrainingArguments)
 
 
 def parsed_arguments():
     """One instance of each argument class, from the command line or from a single .json or .yaml file."""
     parser = HfArgumentParser(ARGUMENT_CLASSES, description=__doc__.split("\n\n")[0])
     if len(sys.argv) == 2 and sys.argv[1].endswith((".json", ".yaml", ".yml")):
-        return parser.parse_dict(file_arguments(sys.argv[1]))
+        return parsed_file(parser, sys.argv[1])
     return parser.parse_args_into_dataclasses()
+
+
+def parsed_file(parser, path):
+    """One instance of each argument class of the parser, from a .json or .yaml file."""
+    return parser.parse_dict(file_arguments(path))
 
 
 def file_arguments(path):
@@ -359,6 +366,16 @@ def raw_datasets(model_args, data_args, chat_args, training_args):
     return raw, row_format
 
 
+def read_by_run_clm(row_format, data_args) -> bool:
+    """Whether run_clm.py's own lines give the same rows: plain text, not streamed, of the file types that it knows.
+
+    `raw_datasets` reads all of them. A grafted run_clm.py asks here which rows it should leave to its own lines.
+    """
+    files = [Path(name) for name in (data_args.train_file, data_args.validation_file) if name]
+    known = data_args.dataset_name or all(file.is_file() and file.suffix in (".csv", ".json", ".txt") for file in files)
+    return bool(known and not row_format and not data_args.streaming)
+
+
 def train_and_validation(train, data_args):
     """The training rows in two parts, by position: a streamed one by row number modulo 100, else a first slice."""
     percentage = data_args.validation_split_percentage
@@ -415,11 +432,6 @@ def capped(dataset, limit):
 
 def text_blocks(raw, tokenizer, config, data_args, training_args):
     """Every split as blocks of `block_size` tokens, each block its own labels: run_clm.py's encoding."""
-    if hasattr(config, "position_encoding_2d"):
-        raise ValueError(
-            "ChatGLM-6B needs a [gMASK] and a <sop> in every row, which text cut into blocks does not have: "
-            "train it on conversations, with --prompt_column and --response_column."
-        )
     columns = column_names(raw.get("train" if training_args.do_train else "validation", next(iter(raw.values()))))
     text_column = "text" if "text" in columns else columns[0]
     block_size = chosen_block_size(data_args, tokenizer, config)
@@ -428,7 +440,6 @@ def text_blocks(raw, tokenizer, config, data_args, training_args):
         return tokenizer(rows[text_column], verbose=False)  # whole texts may be longer than the model's maximum
 
     def blocks(rows):
-        rows.pop("position_ids", None)  # ChatGLM's tokenizer counts from the start of each text, a block counts anew
         joined = {name: list(chain.from_iterable(values)) for name, values in rows.items()}
         end = len(joined["input_ids"]) // block_size * block_size  # the rest of a map batch is dropped
         cut = {name: [row[i : i + block_size] for i in range(0, end, block_size)] for name, row in joined.items()}
@@ -443,8 +454,24 @@ def text_blocks(raw, tokenizer, config, data_args, training_args):
     return data
 
 
+def check_text(config, data_args):
+    """Raise a ValueError if the model cannot be trained on blocks of text, or not on blocks of this size."""
+    if hasattr(config, "position_encoding_2d"):
+        raise ValueError(
+            "ChatGLM-6B needs a [gMASK] and a <sop> in every row, which text cut into blocks does not have: "
+            "train it on conversations, with --prompt_column and --response_column."
+        )
+    if data_args.block_size is not None and data_args.block_size < 1:
+        raise ValueError(f"--block_size must be at least 1, not {data_args.block_size}.")
+
+
+def block_collator(blocks):
+    """A batch of blocks. ChatGLM's tokenizer counts positions from the start of each text, a block counts anew."""
+    return default_data_collator([{name: block[name] for name in block if name != "position_ids"} for block in blocks])
+
+
 def sample_limits(data_args):
-    return {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
+    return {split: getattr(data_args, flag) for split, flag in LIMIT_FLAGS.items()}
 
 
 def requested_splits(training_args):
@@ -456,8 +483,6 @@ def chosen_block_size(data_args, tokenizer, config) -> int:
     """--block_size within the tokenizer's maximum; by default that maximum, or 1024 where the model takes less."""
     longest = tokenizer.model_max_length
     if data_args.block_size is not None:
-        if data_args.block_size < 1:
-            raise ValueError(f"--block_size must be at least 1, not {data_args.block_size}.")
         if data_args.block_size > longest:
             logger.warning(f"--block_size {data_args.block_size} is cut to the tokenizer's maximum, {longest}.")
         return min(data_args.block_size, longest)
@@ -470,6 +495,26 @@ def chosen_block_size(data_args, tokenizer, config) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------- chat data
+
+
+class EncodedChats(dict):
+    """Encoded splits by name, in a place where raw ones are expected: run_clm.py's `map` calls leave them alone."""
+
+    def map(self, *args, **kwargs):
+        return self
+
+    def __missing__(self, split):
+        """No rows: run_clm.py looks up the columns of the validation split even where there are only questions."""
+        return datasets.Dataset.from_dict({"input_ids": []})
+
+
+def encoded_if_chat(raw, row_format, tokenizer, config, chat_args, data_args, training_args):
+    """Conversations as `EncodedChats`; plain text as it is, when model and flags allow blocks of it."""
+    if not row_format:
+        check_text(config, data_args)
+        return raw
+    chat_args = within_positions(chat_args, config)
+    return encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_args)
 
 
 def within_positions(chat_args, config):
@@ -648,6 +693,7 @@ def encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_arg
     """Training and validation rows as `input_ids` and `labels`; rows to answer as prompts with references.
 
     The rows to answer are the splits test and, with --predict_with_generate, questions (the validation rows again).
+    The limits on samples, which count rows here, are used up: run_clm.py's lines would count examples with them.
     """
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise ValueError(
@@ -656,12 +702,16 @@ def encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_arg
         )
     gc.freeze()  # the libraries' million objects need not be looked through for every batch: a quarter less time
     options = {"tokenizer": tokenizer, "row_format": row_format, "chat_args": chat_args}
-    limits, apart, data = sample_limits(data_args), answers_apart(tokenizer), {}
+    limits, apart, data = sample_limits(data_args), answers_apart(tokenizer), EncodedChats()
     for split in requested_splits(training_args):
         rows = capped(raw[split], limits[split])
         own = {**options, "split": split, "apart": apart}
         data[split] = encoded_split(rows, encoded_rows, own, data_args, training_args)
         data[split] = chat_rows.with_trained_tokens(data[split], split, rows, chat_args, training_args)
+        if isinstance(rows, IterableDataset):
+            data[split] = capped(data[split], limits[split])  # an upper bound on the examples, which are not counted
+        else:
+            setattr(data_args, LIMIT_FLAGS[split], None)
     asked = {"test": (raw.get("test"), chat_args.max_predict_samples)} if training_args.do_predict else {}
     if training_args.do_eval and chat_args.predict_with_generate:
         asked["questions"] = (raw["validation"], limits["validation"])
@@ -763,6 +813,7 @@ def encoded_prompts(batch, indices, tokenizer, row_format, chat_args, split):
 def chat_collator(model, tokenizer, chat_args, training_args):
     """Rows end to end where the flags and the model allow it, else padded."""
     longest = chat_args.max_source_length + chat_args.max_target_length + ENDING_TOKENS
+    longest = min(longest, getattr(model.config, "max_position_embeddings", None) or longest)
     return batches.chat_collator(model, padding_id(tokenizer), chat_args, training_args, longest)
 
 
@@ -817,11 +868,16 @@ def loaded_config(model_args):
 
 
 def loaded_tokenizer(model_args, chat_args):
-    """The tokenizer of --tokenizer_name or of the checkpoint, with the template of --chat_template."""
+    """The tokenizer of --tokenizer_name or of the checkpoint."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
     if not name:
         raise ValueError("A model from scratch needs a tokenizer that exists: pass --tokenizer_name.")
     tokenizer = AutoTokenizer.from_pretrained(name, use_fast=model_args.use_fast_tokenizer, **hub_options(model_args))
+    return with_chat_template(tokenizer, chat_args)
+
+
+def with_chat_template(tokenizer, chat_args):
+    """The tokenizer, with the template of --chat_template."""
     if chat_args.chat_template:
         tokenizer.chat_template = Path(chat_args.chat_template).read_text(encoding="utf-8")
     return tokenizer
@@ -976,7 +1032,7 @@ def scoring(collator, training_args):
     """What Trainer scores an evaluation with, and makes of the logits for that; nothing if none is asked for."""
     if not training_args.do_eval or is_torch_xla_available():
         return {}
-    if collator is default_data_collator:
+    if collator is block_collator:
         return {"compute_metrics": masked_accuracy, "preprocess_logits_for_metrics": best_tokens}
     training_args.batch_eval_metrics = True  # summed batch by batch: memory does not grow with the rows
     flattened = isinstance(collator, batches.FlattenedCollator)
@@ -996,7 +1052,13 @@ def training_checks():
     return [TrainingChecks()]
 
 
-def make_trainer(model, tokenizer, data, collator, checks, training_args):
+def trainer_options(model, tokenizer, row_format, checks, chat_args, training_args):
+    """What Trainer is given beyond run_clm.py's arguments, or in place of them: collator, callbacks and scores."""
+    collator = chat_collator(model, tokenizer, chat_args, training_args) if row_format else block_collator
+    return {"data_collator": collator, "callbacks": checks, **scoring(collator, training_args)}
+
+
+def make_trainer(model, tokenizer, data, options, training_args):
     """An ordinary Trainer, with token accuracy where evaluation is asked for."""
     return Trainer(
         model=model,
@@ -1004,9 +1066,7 @@ def make_trainer(model, tokenizer, data, collator, checks, training_args):
         train_dataset=data["train"] if training_args.do_train else None,
         eval_dataset=data["validation"] if training_args.do_eval else None,
         processing_class=tokenizer,
-        data_collator=collator,
-        callbacks=checks,
-        **scoring(collator, training_args),
+        **options,
     )
 
 
@@ -1014,25 +1074,26 @@ def train(trainer, checks, origin, limit):
     """Train, save the model or the adapter with a record of what it was made from, and write the metrics."""
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
-    if trainer.args.should_save:
-        for check in checks:
-            check.check_saved(trainer.args.output_dir, trainer.model, trainer.state.global_step)
-        record = json.dumps(origin, ensure_ascii=False, indent=2)
-        Path(trainer.args.output_dir, "provenance.json").write_text(record + "\n", encoding="utf-8")
+    record_training(trainer, checks, origin)
     metrics = {**result.metrics, **sample_count("train", trainer.train_dataset, limit)}
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()
 
 
+def record_training(trainer, checks, origin):
+    """Look at what was saved, and write beside it what it was made from."""
+    if trainer.args.should_save:
+        for check in checks:
+            check.check_saved(trainer.args.output_dir, trainer.model, trainer.state.global_step)
+        record = json.dumps(origin, ensure_ascii=False, indent=2)
+        Path(trainer.args.output_dir, "provenance.json").write_text(record + "\n", encoding="utf-8")
+
+
 def evaluate_loss(trainer, limit):
-    """Evaluate, and write loss, accuracy and perplexity (of chat data: from the loss over all trained tokens)."""
+    """Evaluate, and write loss, accuracy and perplexity."""
     metrics = trainer.evaluate()
-    metrics |= sample_count("eval", trainer.eval_dataset, limit)
-    try:
-        metrics["perplexity"] = math.exp(metrics.get("eval_token_loss", metrics["eval_loss"]))
-    except OverflowError:
-        metrics["perplexity"] = math.inf
+    metrics = complete({**metrics, **sample_count("eval", trainer.eval_dataset, limit)})
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
 
@@ -1041,6 +1102,27 @@ def sample_count(stage, dataset, limit):
     """{stage_samples: N}. A stream is not counted: it has the limit, or no entry."""
     count = limit if isinstance(dataset, IterableDataset) else len(dataset)
     return {} if count is None else {f"{stage}_samples": count}
+
+
+def with_sample_counts(data_args, trainer):
+    """The arguments with numbers of samples in place of limits, which run_clm.py's lines count with; unknown: inf."""
+    counts = {}
+    for stage, dataset in {"train": trainer.train_dataset, "eval": trainer.eval_dataset}.items():
+        if dataset is not None:
+            known = sample_count(stage, dataset, getattr(data_args, f"max_{stage}_samples"))
+            counts[f"max_{stage}_samples"] = known.get(f"{stage}_samples", math.inf)
+    return replace(data_args, **counts)
+
+
+def complete(metrics) -> dict:
+    """Metrics without unknown counts; of an evaluation, with perplexity: on chat data, over all trained tokens."""
+    metrics = {name: value for name, value in metrics.items() if not name.endswith("_samples") or value != math.inf}
+    if "eval_loss" in metrics:
+        try:
+            metrics["perplexity"] = math.exp(metrics.get("eval_token_loss", metrics["eval_loss"]))
+        except OverflowError:
+            metrics["perplexity"] = math.inf
+    return metrics
 
 
 def provenance(model, tokenizer, model_args, row_format):
@@ -1056,6 +1138,15 @@ def provenance(model, tokenizer, model_args, row_format):
         "prompt_format": prompt,
         "versions": {library.__name__: library.__version__ for library in (torch, transformers, peft, datasets)},
     }
+
+
+def answer(trainer, tokenizer, data, chat_args):
+    """Answer the rows that were encoded for --do_predict and --predict_with_generate, if there are any."""
+    for stage, split in {"eval": "questions", "predict": "test"}.items():
+        if isinstance(data, EncodedChats) and split in data:
+            from prediction import predict  # beside this script
+
+            predict(trainer, tokenizer, data[split], chat_args, padding_id(tokenizer), stage)
 
 
 def publish(trainer, model_args, data_args):
@@ -1082,28 +1173,22 @@ def main():
     config = loaded_config(model_args)
     tokenizer = loaded_tokenizer(model_args, chat_args)
     # The data are encoded before the weights are loaded: a mistake in them shows within seconds.
-    if row_format:
-        chat_args = within_positions(chat_args, config)
-        data = encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_args)
-    else:
-        data = text_blocks(raw, tokenizer, config, data_args, training_args)
+    data = encoded_if_chat(raw, row_format, tokenizer, config, chat_args, data_args, training_args)
+    if not row_format:
+        data = text_blocks(data, tokenizer, config, data_args, training_args)
 
     model = loaded_model(model_args, lora_args, training_args, config, tokenizer)
     origin = provenance(model, tokenizer, model_args, row_format)
     model = adapted_model(model, lora_args, training_args)
-    collator = chat_collator(model, tokenizer, chat_args, training_args) if row_format else default_data_collator
     checks = training_checks()
-    trainer = make_trainer(model, tokenizer, data, collator, checks, training_args)
+    options = trainer_options(model, tokenizer, row_format, checks, chat_args, training_args)
+    trainer = make_trainer(model, tokenizer, data, options, training_args)
 
     if training_args.do_train:
         train(trainer, checks, origin, data_args.max_train_samples)
     if training_args.do_eval:
         evaluate_loss(trainer, data_args.max_eval_samples)
-    for stage, split in {"eval": "questions", "predict": "test"}.items():
-        if split in data:
-            from prediction import predict  # beside this script
-
-            predict(trainer, tokenizer, data[split], chat_args, padding_id(tokenizer), stage)
+    answer(trainer, tokenizer, data, chat_args)
     publish(trainer, model_args, data_args)
 
 
