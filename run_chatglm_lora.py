@@ -372,7 +372,7 @@ def read_by_run_clm(row_format, data_args) -> bool:
     `raw_datasets` reads all of them. A grafted run_clm.py asks here which rows it should leave to its own lines.
     """
     files = [Path(name) for name in (data_args.train_file, data_args.validation_file) if name]
-    known = data_args.dataset_name or all(file.is_file() and file.suffix in (".csv", ".json", ".txt") for file in files)
+    known = data_args.dataset_name or all(f.is_file() and f.suffix in (".csv", ".json", ".txt") for f in files)
     return bool(known and not row_format and not data_args.streaming)
 
 
@@ -508,7 +508,7 @@ class EncodedChats(dict):
         return datasets.Dataset.from_dict({"input_ids": []})
 
 
-def encoded_if_chat(raw, row_format, tokenizer, config, chat_args, data_args, training_args):
+def chats_as_ids(raw, row_format, tokenizer, config, chat_args, data_args, training_args):
     """Conversations as `EncodedChats`; plain text as it is, when model and flags allow blocks of it."""
     if not row_format:
         check_text(config, data_args)
@@ -1052,10 +1052,10 @@ def training_checks():
     return [TrainingChecks()]
 
 
-def trainer_options(model, tokenizer, row_format, checks, chat_args, training_args):
+def trainer_options(model, tokenizer, row_format, chat_args, training_args):
     """What Trainer is given beyond run_clm.py's arguments, or in place of them: collator, callbacks and scores."""
     collator = chat_collator(model, tokenizer, chat_args, training_args) if row_format else block_collator
-    return {"data_collator": collator, "callbacks": checks, **scoring(collator, training_args)}
+    return {"data_collator": collator, "callbacks": training_checks(), **scoring(collator, training_args)}
 
 
 def make_trainer(model, tokenizer, data, options, training_args):
@@ -1070,22 +1070,23 @@ def make_trainer(model, tokenizer, data, options, training_args):
     )
 
 
-def train(trainer, checks, origin, limit):
+def train(trainer, tokenizer, model_args, row_format, limit):
     """Train, save the model or the adapter with a record of what it was made from, and write the metrics."""
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
-    record_training(trainer, checks, origin)
+    record_training(trainer, tokenizer, model_args, row_format)
     metrics = {**result.metrics, **sample_count("train", trainer.train_dataset, limit)}
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()
 
 
-def record_training(trainer, checks, origin):
+def record_training(trainer, tokenizer, model_args, row_format):
     """Look at what was saved, and write beside it what it was made from."""
     if trainer.args.should_save:
-        for check in checks:
+        for check in training_checks():
             check.check_saved(trainer.args.output_dir, trainer.model, trainer.state.global_step)
+        origin = provenance(trainer.model, tokenizer, model_args, row_format)
         record = json.dumps(origin, ensure_ascii=False, indent=2)
         Path(trainer.args.output_dir, "provenance.json").write_text(record + "\n", encoding="utf-8")
 
@@ -1127,6 +1128,7 @@ def complete(metrics) -> dict:
 
 def provenance(model, tokenizer, model_args, row_format):
     """What the result is made from: base, revision, code, prompt format and versions."""
+    model = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     question, prompt = [{"role": "user", "content": "..."}], None
     if row_format:
         prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
@@ -1173,19 +1175,17 @@ def main():
     config = loaded_config(model_args)
     tokenizer = loaded_tokenizer(model_args, chat_args)
     # The data are encoded before the weights are loaded: a mistake in them shows within seconds.
-    data = encoded_if_chat(raw, row_format, tokenizer, config, chat_args, data_args, training_args)
+    data = chats_as_ids(raw, row_format, tokenizer, config, chat_args, data_args, training_args)
     if not row_format:
         data = text_blocks(data, tokenizer, config, data_args, training_args)
 
     model = loaded_model(model_args, lora_args, training_args, config, tokenizer)
-    origin = provenance(model, tokenizer, model_args, row_format)
     model = adapted_model(model, lora_args, training_args)
-    checks = training_checks()
-    options = trainer_options(model, tokenizer, row_format, checks, chat_args, training_args)
+    options = trainer_options(model, tokenizer, row_format, chat_args, training_args)
     trainer = make_trainer(model, tokenizer, data, options, training_args)
 
     if training_args.do_train:
-        train(trainer, checks, origin, data_args.max_train_samples)
+        train(trainer, tokenizer, model_args, row_format, data_args.max_train_samples)
     if training_args.do_eval:
         evaluate_loss(trainer, data_args.max_eval_samples)
     answer(trainer, tokenizer, data, chat_args)

@@ -1,0 +1,2 @@
+class NotRunClm(Exception):
+    pass
