@@ -12,13 +12,14 @@ import argparse
 import difflib
 import io
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 import libcst as cst
 import libcst.matchers as m
 from libcst.metadata import MetadataWrapper, PositionProvider
-from upstream_facts import NotRunClm
+from upstream_facts import SAME, TO_PORT, NotRunClm, changes, comparison
 
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -145,7 +146,7 @@ class Script:
             starts.append(starts[-1] + len(line))
         text = self.text
         # From the end, so that places before an edit stay true; of two in one place the later stands behind.
-        for edit in reversed(sorted(self.edits, key=lambda edit: edit.start)):
+        for edit in sorted(self.edits, key=lambda edit: edit.start)[::-1]:
             start, end = (starts[line - 1] + column for line, column in (edit.start, edit.end))
             text = text[:start] + edit.text + text[end:]
         return text
@@ -342,6 +343,37 @@ def graft(arguments) -> int:
     return 0
 
 
+# ------------------------------------------------------------------------------------------------------------ diff
+
+
+def diff(arguments) -> int:
+    if arguments.old and arguments.new:
+        rows = changes(arguments.old, arguments.new)
+        to_port = rows
+    elif arguments.script:
+        rows = comparison(arguments.script, arguments.against)
+        to_port = [row for row in rows if row.verdict == TO_PORT]
+    else:
+        raise NotRunClm("Name a run_clm.py, or two of them with --old and --new.")
+    print(table(rows))
+    return int(bool(to_port))
+
+
+def table(rows) -> str:
+    """Rows under their stages, with the entry of docs/modifications.md that explains what is ours."""
+    lines, stage = [], None
+    for row in rows:
+        if row.stage != stage:
+            stage = row.stage
+            lines.append("\n" + textwrap.fill(stage, 110, subsequent_indent="    "))
+        entry = f" [{row.entry}]" if row.entry and row.verdict != SAME else ""
+        lines.append(textwrap.fill(f"{row.verdict}{entry}: {row.what}", 110, **INDENTS))
+    return "\n".join(lines or ["No change."]).strip()
+
+
+INDENTS = {"initial_indent": "    ", "subsequent_indent": "        ", "break_long_words": False}
+
+
 def main(words=None) -> int:
     """Run the command line; its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -353,7 +385,7 @@ def main(words=None) -> int:
     command.add_argument(
         "--new", help="a newer one: what changed between them, and which of our functions it concerns"
     )
-    command.set_defaults(run=None)
+    command.set_defaults(run=diff)
     command = commands.add_parser("graft", help="put our additions into a copy")
     command.add_argument("script", help="a run_clm.py")
     command.add_argument("-o", "--output", required=True, help="the file to write")
