@@ -85,6 +85,7 @@ logger = logging.getLogger("run_chatglm_lora")
 DTYPES = ["auto", "bfloat16", "float16", "float32"]
 IGNORE_INDEX = -100  # the label that torch's cross entropy leaves out
 ENDING_TOKENS = 8  # room for what ends an answer: its eos, and what a template writes after it, such as a newline
+NUMBER = datasets.Value("int64")
 EMPTY_EXAMPLE = {"input_ids": [], "labels": [], "length": 0, "source_cut": False, "target_cut": False}
 ENCODING_FLAGS = ("system_prompt", "skip_bad_rows", "max_source_length", "max_target_length")  # they shape the ids
 LIMIT_FLAGS = {"train": "max_train_samples", "validation": "max_eval_samples"}
@@ -709,7 +710,9 @@ def encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_arg
         data[split] = encoded_split(rows, encoded_rows, own, data_args, training_args)
         data[split] = chat_rows.with_trained_tokens(data[split], split, rows, chat_args, training_args)
         if isinstance(rows, IterableDataset):
-            data[split] = capped(data[split], limits[split])  # an upper bound on the examples, which are not counted
+            # The limit is an upper bound on the examples too, which are not counted; the columns are named, because
+            # a stream that went through a map function does not know them.
+            data[split] = capped(data[split], limits[split]).cast(features_of("input_ids", "labels", length=NUMBER))
         else:
             setattr(data_args, LIMIT_FLAGS[split], None)
     asked = {"test": (raw.get("test"), chat_args.max_predict_samples)} if training_args.do_predict else {}
@@ -722,8 +725,14 @@ def encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_arg
         data[split] = chat_rows.without_bad_rows(data[split], split, rows, training_args)
     if chat_args.pack_to_length and "train" in data:
         options = {"fn_kwargs": {"length": chat_args.pack_to_length}, "remove_columns": list(EMPTY_EXAMPLE)[:3]}
+        options["features"] = features_of("input_ids", "labels", "position_ids")
         data["train"] = mapped(data["train"], batches.packed, "packing rows", data_args, training_args, **options)
     return data
+
+
+def features_of(*lists, **columns) -> datasets.Features:
+    """The types of columns that hold lists of numbers, and of others."""
+    return datasets.Features({name: datasets.List(NUMBER) for name in lists} | columns)
 
 
 def encoded_split(rows, function, options, data_args, training_args):

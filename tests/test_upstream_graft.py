@@ -111,3 +111,9 @@ def test_grafted_script_equals_ours_on_conversations(date, run, run_grafted, cha
     ours = outcome(run(chat_flags, "--predict_with_generate", "--max_eval_samples", 2))
     assert ours["metrics"]["eval"]["eval_samples"] == 2 and ours["generated_predictions.jsonl"].count("\n") == 2
     assert outcome(run_grafted(chat_flags, "--predict_with_generate", "--max_eval_samples", 2, date=date)) == ours
+
+
+@pytest.mark.parametrize("flags", [[], ["--max_train_samples", 3]])
+def test_grafted_script_equals_ours_on_streamed_conversations(flags, run, run_grafted, chat_flags):
+    flags = [*chat_flags, "--streaming", *flags]
+    assert outcome(run_grafted(flags)) == outcome(run(flags))
