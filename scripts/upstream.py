@@ -19,7 +19,7 @@ from pathlib import Path
 import libcst as cst
 import libcst.matchers as m
 from libcst.metadata import MetadataWrapper, PositionProvider
-from upstream_facts import SAME, TO_PORT, NotRunClm, changes, comparison
+from upstream_facts import SAME, TO_PORT, NotRunClm, changes, comparison, parsed
 
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -58,11 +58,9 @@ class Script:
     """A run_clm.py whose parts are found by what they do, and the edits that are made to it."""
 
     def __init__(self, path):
+        parsed(path)  # it is a run_clm.py
         self.source = Path(path).read_bytes()
-        try:
-            wrapper = MetadataWrapper(cst.parse_module(self.source), unsafe_skip_copy=True)
-        except (cst.ParserSyntaxError, UnicodeDecodeError) as error:
-            raise NotRunClm(f"{path} cannot be read as Python: {error}") from error
+        wrapper = MetadataWrapper(cst.parse_module(self.source), unsafe_skip_copy=True)
         self.module, self.positions = wrapper.module, wrapper.resolve(PositionProvider)
         self.text = self.source.decode(self.module.encoding)
         self.lines = list(io.StringIO(self.text, newline=""))  # as Python counts them, with the ends that they have

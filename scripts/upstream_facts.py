@@ -72,8 +72,15 @@ STAGES = [
         "raw_datasets read_by_run_clm train_and_validation check_splits",
         "Data",
     ),
-    Stage("configuration", "config_kwargs config", "register_chatglm hub_options loaded_config", "Configuration"),
-    Stage("tokenizer", "tokenizer_kwargs tokenizer", "loaded_tokenizer with_chat_template", "Configuration"),
+    Stage(
+        "configuration",
+        "config_kwargs config",
+        "register_chatglm hub_options loaded_config",
+        "Configuration and tokenizer",
+    ),
+    Stage(
+        "tokenizer", "tokenizer_kwargs tokenizer", "loaded_tokenizer with_chat_template", "Configuration and tokenizer"
+    ),
     Stage(
         "model",
         "torch_dtype dtype model embedding_size model.resize_token_embeddings",
@@ -178,7 +185,11 @@ def parsed(path) -> ast.Module:
     defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     words = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     needed = {"ModelArguments", "DataTrainingArguments", "main"} - defined
-    needed |= {"HfArgumentParser", "AutoModelForCausalLM", "Trainer", "load_dataset"} - words
+    needed |= {"AutoModelForCausalLM", "load_dataset"} - words
+    if "run_chatglm_lora" in {
+        alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names
+    }:
+        raise NotRunClm(f"{path} is grafted already: take the run_clm.py that it was made from.")
     if needed:
         raise NotRunClm(f"{path} is no run_clm.py: it has no {', '.join(sorted(needed))}.")
     return tree
@@ -429,7 +440,9 @@ def stage_order(tree) -> list[str]:
     marked = {stage.name for stage in STAGES if stage.marks}
     main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
     names = [dotted(call.func) for call in sorted(calls_in(main), key=lambda call: call.lineno)]
-    in_main = [STAGE_OF_FUNCTION.get(name) for name in names] if "raw_datasets" in names else []
+    in_main = (
+        [STAGE_OF_FUNCTION.get(name, STAGE_OF_MARK.get(name)) for name in names] if "raw_datasets" in names else []
+    )
     in_main = in_main or [stage for stage, statement, _ in staged(tree) if statement.lineno > main.lineno]
     return [stage for stage in dict.fromkeys(in_main) if stage in marked]
 

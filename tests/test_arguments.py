@@ -51,7 +51,7 @@ def test_one_file_of_arguments_equals_the_command_line(suffix, tmp_path, monkeyp
 def test_script_header_for_uv_lists_the_requirements():
     header = re.search(r"# dependencies = \[\n(.*?)# \]", (ROOT / "run_chatglm_lora.py").read_text(), re.S).group(1)
     listed = set(re.findall(r'"(.+?)"', header))
-    optional = ("deepspeed", "matplotlib")  # not imported by the script
+    optional = ("deepspeed", "matplotlib", "libcst")  # not imported by the script
     required = {line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith(optional)}
     assert listed == required
 
