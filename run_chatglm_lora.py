@@ -80,8 +80,10 @@ logger = logging.getLogger("run_chatglm_lora")
 DTYPES = ["auto", "bfloat16", "float16", "float32"]
 IGNORE_INDEX = -100  # the label that torch's cross entropy leaves out
 ENDING_TOKENS = 8  # room for what ends an answer: its eos, and what a template writes after it, such as a newline
+NUMBER = datasets.Value("int64")
 EMPTY_EXAMPLE = {"input_ids": [], "labels": [], "length": 0, "source_cut": False, "target_cut": False}
 ENCODING_FLAGS = ("system_prompt", "skip_bad_rows", "max_source_length", "max_target_length")  # they shape the ids
+LIMIT_FLAGS = {"train": "max_train_samples", "validation": "max_eval_samples"}
 FILE_BUILDERS = {"csv": "csv", "json": "json", "jsonl": "json", "txt": "text", "parquet": "parquet"}
 
 
@@ -240,18 +242,24 @@ class LoraArguments:
             raise ValueError("--load_in_4bit and --load_in_8bit need bitsandbytes: pip install bitsandbytes")
 
 
-ARGUMENT_CLASSES = (ModelArguments, DataTrainingArguments, ChatArguments, LoraArguments, TrainingArguments)
+ADDED_ARGUMENTS = (ChatArguments, LoraArguments)
+ARGUMENT_CLASSES = (ModelArguments, DataTrainingArguments, *ADDED_ARGUMENTS, TrainingArguments)
 
 
 def parsed_arguments():
     """One instance of each argument class, from the command line or from a single .json or .yaml file."""
     parser = HfArgumentParser(ARGUMENT_CLASSES, description=__doc__.split("\n\n")[0])
     if len(sys.argv) == 2 and sys.argv[1].endswith((".json", ".yaml", ".yml")):
-        return parser.parse_dict(file_arguments(sys.argv[1]))
+        return parsed_file(parser, sys.argv[1])
     words = sys.argv[1:]
     if launching := beside("launching"):
         words = launching.prepared_words(words)
     return parser.parse_args_into_dataclasses(words)
+
+
+def parsed_file(parser, path):
+    """One instance of each argument class of the parser, from a .json or .yaml file."""
+    return parser.parse_dict(file_arguments(path))
 
 
 def file_arguments(path):
@@ -369,6 +377,16 @@ def raw_datasets(model_args, data_args, chat_args, training_args):
     return raw, row_format
 
 
+def read_by_run_clm(row_format, data_args) -> bool:
+    """Whether run_clm.py's own lines give the same rows: plain text, not streamed, of the file types that it knows.
+
+    `raw_datasets` reads all of them. A grafted run_clm.py asks here which rows it should leave to its own lines.
+    """
+    files = [Path(name) for name in (data_args.train_file, data_args.validation_file) if name]
+    known = data_args.dataset_name or all(f.is_file() and f.suffix in (".csv", ".json", ".txt") for f in files)
+    return bool(known and not row_format and not data_args.streaming)
+
+
 def train_and_validation(train, data_args):
     """The training rows in two parts, by position: a streamed one by row number modulo 100, else a first slice."""
     percentage = data_args.validation_split_percentage
@@ -425,11 +443,6 @@ def capped(dataset, limit):
 
 def text_blocks(raw, tokenizer, config, data_args, training_args):
     """Every split as blocks of `block_size` tokens, each block its own labels: run_clm.py's encoding."""
-    if hasattr(config, "position_encoding_2d"):
-        raise ValueError(
-            "ChatGLM-6B needs a [gMASK] and a <sop> in every row, which text cut into blocks does not have: "
-            "train it on conversations, with --prompt_column and --response_column."
-        )
     columns = column_names(raw.get("train" if training_args.do_train else "validation", next(iter(raw.values()))))
     text_column = "text" if "text" in columns else columns[0]
     block_size = chosen_block_size(data_args, tokenizer, config)
@@ -438,7 +451,6 @@ def text_blocks(raw, tokenizer, config, data_args, training_args):
         return tokenizer(rows[text_column], verbose=False)  # whole texts may be longer than the model's maximum
 
     def blocks(rows):
-        rows.pop("position_ids", None)  # ChatGLM's tokenizer counts from the start of each text, a block counts anew
         joined = {name: list(chain.from_iterable(values)) for name, values in rows.items()}
         end = len(joined["input_ids"]) // block_size * block_size  # the rest of a map batch is dropped
         cut = {name: [row[i : i + block_size] for i in range(0, end, block_size)] for name, row in joined.items()}
@@ -453,8 +465,24 @@ def text_blocks(raw, tokenizer, config, data_args, training_args):
     return data
 
 
+def check_text(config, data_args):
+    """Raise a ValueError if the model cannot be trained on blocks of text, or not on blocks of this size."""
+    if hasattr(config, "position_encoding_2d"):
+        raise ValueError(
+            "ChatGLM-6B needs a [gMASK] and a <sop> in every row, which text cut into blocks does not have: "
+            "train it on conversations, with --prompt_column and --response_column."
+        )
+    if data_args.block_size is not None and data_args.block_size < 1:
+        raise ValueError(f"--block_size must be at least 1, not {data_args.block_size}.")
+
+
+def block_collator(blocks):
+    """A batch of blocks. ChatGLM's tokenizer counts positions from the start of each text, a block counts anew."""
+    return default_data_collator([{name: block[name] for name in block if name != "position_ids"} for block in blocks])
+
+
 def sample_limits(data_args):
-    return {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
+    return {split: getattr(data_args, flag) for split, flag in LIMIT_FLAGS.items()}
 
 
 def requested_splits(training_args):
@@ -466,8 +494,6 @@ def chosen_block_size(data_args, tokenizer, config) -> int:
     """--block_size within the tokenizer's maximum; by default that maximum, or 1024 where the model takes less."""
     longest = tokenizer.model_max_length
     if data_args.block_size is not None:
-        if data_args.block_size < 1:
-            raise ValueError(f"--block_size must be at least 1, not {data_args.block_size}.")
         if data_args.block_size > longest:
             logger.warning(f"--block_size {data_args.block_size} is cut to the tokenizer's maximum, {longest}.")
         return min(data_args.block_size, longest)
@@ -480,6 +506,26 @@ def chosen_block_size(data_args, tokenizer, config) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------- chat data
+
+
+class EncodedChats(dict):
+    """Encoded splits by name, in a place where raw ones are expected: run_clm.py's `map` calls leave them alone."""
+
+    def map(self, *args, **kwargs):
+        return self
+
+    def __missing__(self, split):
+        """No rows: run_clm.py looks up the columns of the validation split even where there are only questions."""
+        return datasets.Dataset.from_dict({"input_ids": []})
+
+
+def chats_as_ids(raw, row_format, tokenizer, config, chat_args, data_args, training_args):
+    """Conversations as `EncodedChats`; plain text as it is, when model and flags allow blocks of it."""
+    if not row_format:
+        check_text(config, data_args)
+        return raw
+    chat_args = within_positions(chat_args, config)
+    return encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_args)
 
 
 def within_positions(chat_args, config):
@@ -664,6 +710,7 @@ def encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_arg
     """Training and validation rows as `input_ids` and `labels`; rows to answer as prompts with references.
 
     The rows to answer are the splits test and, with --predict_with_generate, questions (the validation rows again).
+    The limits on samples, which count rows here, are used up: run_clm.py's lines would count examples with them.
     """
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise ValueError(
@@ -672,12 +719,18 @@ def encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_arg
         )
     gc.freeze()  # the libraries' million objects need not be looked through for every batch: a quarter less time
     options = {"tokenizer": tokenizer, "row_format": row_format, "chat_args": chat_args}
-    limits, apart, data = sample_limits(data_args), answers_apart(tokenizer), {}
+    limits, apart, data = sample_limits(data_args), answers_apart(tokenizer), EncodedChats()
     for split in requested_splits(training_args):
         rows = capped(raw[split], limits[split])
         own = {**options, "split": split, "apart": apart}
         data[split] = encoded_split(rows, encoded_rows, own, data_args, training_args)
         data[split] = chat_rows.with_trained_tokens(data[split], split, rows, chat_args, training_args)
+        if isinstance(rows, IterableDataset):
+            # The limit is an upper bound on the examples too, which are not counted; the columns are named, because
+            # a stream that went through a map function does not know them.
+            data[split] = capped(data[split], limits[split]).cast(features_of("input_ids", "labels", length=NUMBER))
+        else:
+            setattr(data_args, LIMIT_FLAGS[split], None)
     asked = {"test": (raw.get("test"), chat_args.max_predict_samples)} if training_args.do_predict else {}
     if training_args.do_eval and chat_args.predict_with_generate:
         asked["questions"] = (raw["validation"], limits["validation"])
@@ -688,8 +741,14 @@ def encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_arg
         data[split] = chat_rows.without_bad_rows(data[split], split, rows, training_args)
     if chat_args.pack_to_length and "train" in data:
         options = {"fn_kwargs": {"length": chat_args.pack_to_length}, "remove_columns": list(EMPTY_EXAMPLE)[:3]}
+        options["features"] = features_of("input_ids", "labels", "position_ids")
         data["train"] = mapped(data["train"], batches.packed, "packing rows", data_args, training_args, **options)
     return data
+
+
+def features_of(*lists, **columns) -> datasets.Features:
+    """The types of columns that hold lists of numbers, and of others."""
+    return datasets.Features({name: datasets.List(NUMBER) for name in lists} | columns)
 
 
 def encoded_split(rows, function, options, data_args, training_args):
@@ -779,6 +838,7 @@ def encoded_prompts(batch, indices, tokenizer, row_format, chat_args, split):
 def chat_collator(model, tokenizer, chat_args, training_args):
     """Rows end to end where the flags and the model allow it, else padded."""
     longest = chat_args.max_source_length + chat_args.max_target_length + ENDING_TOKENS
+    longest = min(longest, getattr(model.config, "max_position_embeddings", None) or longest)
     return batches.chat_collator(model, padding_id(tokenizer), chat_args, training_args, longest)
 
 
@@ -833,11 +893,16 @@ def loaded_config(model_args):
 
 
 def loaded_tokenizer(model_args, chat_args):
-    """The tokenizer of --tokenizer_name or of the checkpoint, with the template of --chat_template."""
+    """The tokenizer of --tokenizer_name or of the checkpoint."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
     if not name:
         raise ValueError("A model from scratch needs a tokenizer that exists: pass --tokenizer_name.")
     tokenizer = AutoTokenizer.from_pretrained(name, use_fast=model_args.use_fast_tokenizer, **hub_options(model_args))
+    return with_chat_template(tokenizer, chat_args)
+
+
+def with_chat_template(tokenizer, chat_args):
+    """The tokenizer, with the template of --chat_template."""
     if chat_args.chat_template:
         tokenizer.chat_template = Path(chat_args.chat_template).read_text(encoding="utf-8")
     return tokenizer
@@ -994,7 +1059,7 @@ def scoring(collator, training_args):
     """What Trainer scores an evaluation with, and makes of the logits for that; nothing if none is asked for."""
     if not training_args.do_eval or is_torch_xla_available():
         return {}
-    if collator is default_data_collator:
+    if collator is block_collator:
         return {"compute_metrics": masked_accuracy, "preprocess_logits_for_metrics": best_tokens}
     training_args.batch_eval_metrics = True  # summed batch by batch: memory does not grow with the rows
     flattened = isinstance(collator, batches.FlattenedCollator)
@@ -1015,31 +1080,43 @@ def safeguards(arguments, data, tokenizer):
     return guards.Safeguards(model_args, lora_args, training_args, data["train"], tokenizer)
 
 
-def make_trainer(model, tokenizer, data, collator, guards, training_args):
+def training_checks():
+    """The checks that stop a hopeless run early; a copy of this script alone does without them."""
+    checks = beside("training_checks")
+    return [checks.TrainingChecks()] if checks else []
+
+
+def trainer_options(model, tokenizer, row_format, chat_args, training_args, guards=None):
+    """What Trainer is given beyond run_clm.py's arguments, or in place of them: collator, callbacks and scores."""
+    collator = chat_collator(model, tokenizer, chat_args, training_args) if row_format else block_collator
+    return {
+        "data_collator": guards.shielded(collator) if guards else collator,
+        "callbacks": (guards.callbacks if guards else training_checks())
+        + ([throughput.Throughput()] if row_format else []),
+        **scoring(collator, training_args),
+    }
+
+
+def make_trainer(model, tokenizer, data, options, training_args):
     """An ordinary Trainer, with token accuracy where evaluation is asked for."""
-    watchers = [] if collator is default_data_collator else [throughput.Throughput()]
     return Trainer(
         model=model,
         args=training_args,
         train_dataset=data["train"] if training_args.do_train else None,
         eval_dataset=data["validation"] if training_args.do_eval else None,
         processing_class=tokenizer,
-        data_collator=guards.shielded(collator) if guards else collator,
-        callbacks=[*(guards.callbacks if guards else []), *watchers],
-        **scoring(collator, training_args),
+        **options,
     )
 
 
-def train(trainer, guards, origin, limit):
+def train(trainer, guards, tokenizer, model_args, row_format, limit):
     """Train, save the model or the adapter with a record of what it was made from, and write the metrics."""
     if guards:
         metrics = guards.trained_and_saved(trainer)
     else:
         metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
         trainer.save_model()
-    if trainer.args.should_save:
-        record = json.dumps(origin, ensure_ascii=False, indent=2)
-        Path(trainer.args.output_dir, "provenance.json").write_text(record + "\n", encoding="utf-8")
+    record_training(trainer, tokenizer, model_args, row_format)
     metrics |= sample_count("train", trainer.train_dataset, limit)
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
@@ -1049,22 +1126,27 @@ def train(trainer, guards, origin, limit):
 def draw_losses(trainer):
     """Write training_loss.png; a copy of this script alone, or a machine without matplotlib, does without."""
     folder = Path(trainer.args.output_dir)
-    if not (importlib.util.find_spec("loss_plot") and importlib.util.find_spec("matplotlib")):
+    loss_plot = beside("loss_plot") if importlib.util.find_spec("matplotlib") else None
+    if loss_plot is None:
         logger.info("The losses are not drawn: that needs matplotlib, and loss_plot.py beside this script.")
     elif trainer.is_world_process_zero() and any("loss" in entry for entry in trainer.state.log_history):
-        import loss_plot
-
         loss_plot.draw([folder], folder / loss_plot.PICTURE)
 
 
+def record_training(trainer, tokenizer, model_args, row_format):
+    """Look at what was saved, and write beside it what it was made from."""
+    if trainer.args.should_save:
+        for check in training_checks():
+            check.check_saved(trainer.args.output_dir, trainer.model, trainer.state.global_step)
+        origin = provenance(trainer.model, tokenizer, model_args, row_format)
+        record = json.dumps(origin, ensure_ascii=False, indent=2)
+        Path(trainer.args.output_dir, "provenance.json").write_text(record + "\n", encoding="utf-8")
+
+
 def evaluate_loss(trainer, limit):
-    """Evaluate, and write loss, accuracy and perplexity (of chat data: from the loss over all trained tokens)."""
+    """Evaluate, and write loss, accuracy and perplexity."""
     metrics = trainer.evaluate()
-    metrics |= sample_count("eval", trainer.eval_dataset, limit)
-    try:
-        metrics["perplexity"] = math.exp(metrics.get("eval_token_loss", metrics["eval_loss"]))
-    except OverflowError:
-        metrics["perplexity"] = math.inf
+    metrics = complete({**metrics, **sample_count("eval", trainer.eval_dataset, limit)})
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
 
@@ -1075,8 +1157,30 @@ def sample_count(stage, dataset, limit):
     return {} if count is None else {f"{stage}_samples": count}
 
 
+def with_sample_counts(data_args, trainer):
+    """The arguments with numbers of samples in place of limits, which run_clm.py's lines count with; unknown: inf."""
+    counts = {}
+    for stage, dataset in {"train": trainer.train_dataset, "eval": trainer.eval_dataset}.items():
+        if dataset is not None:
+            known = sample_count(stage, dataset, getattr(data_args, f"max_{stage}_samples"))
+            counts[f"max_{stage}_samples"] = known.get(f"{stage}_samples", math.inf)
+    return replace(data_args, **counts)
+
+
+def complete(metrics) -> dict:
+    """Metrics without unknown counts; of an evaluation, with perplexity: on chat data, over all trained tokens."""
+    metrics = {name: value for name, value in metrics.items() if not name.endswith("_samples") or value != math.inf}
+    if "eval_loss" in metrics:
+        try:
+            metrics["perplexity"] = math.exp(metrics.get("eval_token_loss", metrics["eval_loss"]))
+        except OverflowError:
+            metrics["perplexity"] = math.inf
+    return metrics
+
+
 def provenance(model, tokenizer, model_args, row_format):
     """What the result is made from: base, revision, code, prompt format and versions."""
+    model = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     question, prompt = [{"role": "user", "content": "..."}], None
     if row_format:
         prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
@@ -1088,6 +1192,15 @@ def provenance(model, tokenizer, model_args, row_format):
         "prompt_format": prompt,
         "versions": {library.__name__: library.__version__ for library in (torch, transformers, peft, datasets)},
     }
+
+
+def answer(trainer, tokenizer, data, chat_args):
+    """Answer the rows that were encoded for --do_predict and --predict_with_generate, if there are any."""
+    for stage, split in {"eval": "questions", "predict": "test"}.items():
+        if isinstance(data, EncodedChats) and split in data:
+            from prediction import predict  # beside this script
+
+            predict(trainer, tokenizer, data[split], chat_args, padding_id(tokenizer), stage)
 
 
 def publish(trainer, model_args, data_args):
@@ -1118,28 +1231,21 @@ def main():
         config = prefix_tuning.with_prefix(config, lora_args)
     tokenizer = loaded_tokenizer(model_args, chat_args)
     # The data are encoded before the weights are loaded: a mistake in them shows within seconds.
-    if row_format:
-        chat_args = within_positions(chat_args, config)
-        data = encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_args)
-    else:
-        data = text_blocks(raw, tokenizer, config, data_args, training_args)
+    data = chats_as_ids(raw, row_format, tokenizer, config, chat_args, data_args, training_args)
+    if not row_format:
+        data = text_blocks(data, tokenizer, config, data_args, training_args)
     guards = safeguards((model_args, lora_args, training_args), data, tokenizer)
 
     model = loaded_model(model_args, lora_args, training_args, config, tokenizer)
-    origin = provenance(model, tokenizer, model_args, row_format)
     model = adapted_model(model, lora_args, training_args)
-    collator = chat_collator(model, tokenizer, chat_args, training_args) if row_format else default_data_collator
-    trainer = make_trainer(model, tokenizer, data, collator, guards, training_args)
+    options = trainer_options(model, tokenizer, row_format, chat_args, training_args, guards)
+    trainer = make_trainer(model, tokenizer, data, options, training_args)
 
     if training_args.do_train:
-        train(trainer, guards, origin, data_args.max_train_samples)
+        train(trainer, guards, tokenizer, model_args, row_format, data_args.max_train_samples)
     if training_args.do_eval:
         evaluate_loss(trainer, data_args.max_eval_samples)
-    for stage, split in {"eval": "questions", "predict": "test"}.items():
-        if split in data:
-            from prediction import predict  # beside this script
-
-            predict(trainer, tokenizer, data[split], chat_args, padding_id(tokenizer), stage)
+    answer(trainer, tokenizer, data, chat_args)
     if training_args.do_train and lora_args.plot_loss:
         draw_losses(trainer)
     publish(trainer, model_args, data_args)
