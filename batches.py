@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from datasets import IterableDataset
 from peft import PeftModel
 from torch.nn.functional import log_softmax
 from transformers import AttentionInterface
@@ -105,6 +106,19 @@ def packed(batch, length):
         "labels": [[label for row in pack for label in batch["labels"][row]] for pack in packs],
         "position_ids": [[position for row in pack for position in range(sizes[row])] for pack in packs],
     }
+
+
+def repeated_stream(data):
+    """A stream that begins again at its end; other data as they are. ValueError if the stream is empty.
+
+    Trainer, too, reads a stream again until --max_steps, but a run that resumes after the first pass would begin at
+    its first row, because Trainer takes the whole run for one pass.
+    """
+    if not isinstance(data, IterableDataset):
+        return data
+    if next(iter(data), None) is None:
+        raise ValueError("The streamed training data hold no example to train on.")
+    return data.repeat(None)
 
 
 # --------------------------------------------------------------------------------------------- what a model can take

@@ -1074,10 +1074,7 @@ def safeguards(arguments, data, tokenizer):
     """What guards a training: checks, whole checkpoints, signals. None for a copy of this script alone."""
     model_args, lora_args, training_args = arguments
     guards = beside("safeguards") if training_args.do_train else None
-    if guards is None:
-        return None
-    data["train"] = guards.repeated_stream(data["train"])
-    return guards.Safeguards(model_args, lora_args, training_args, data["train"], tokenizer)
+    return guards and guards.Safeguards(model_args, lora_args, training_args, data["train"], tokenizer)
 
 
 def training_checks():
@@ -1089,20 +1086,23 @@ def training_checks():
 def trainer_options(model, tokenizer, row_format, chat_args, training_args, guards=None):
     """What Trainer is given beyond run_clm.py's arguments, or in place of them: collator, callbacks and scores."""
     collator = chat_collator(model, tokenizer, chat_args, training_args) if row_format else block_collator
+    callbacks = guards.callbacks if guards else training_checks()
     return {
         "data_collator": guards.shielded(collator) if guards else collator,
-        "callbacks": (guards.callbacks if guards else training_checks())
-        + ([throughput.Throughput()] if row_format else []),
+        "callbacks": [*callbacks, *([throughput.Throughput()] if row_format else [])],
         **scoring(collator, training_args),
     }
 
 
 def make_trainer(model, tokenizer, data, options, training_args):
     """An ordinary Trainer, with token accuracy where evaluation is asked for."""
+    train_dataset = data["train"] if training_args.do_train else None
+    if isinstance(data, EncodedChats):
+        train_dataset = batches.repeated_stream(train_dataset)
     return Trainer(
         model=model,
         args=training_args,
-        train_dataset=data["train"] if training_args.do_train else None,
+        train_dataset=train_dataset,
         eval_dataset=data["validation"] if training_args.do_eval else None,
         processing_class=tokenizer,
         **options,
@@ -1158,7 +1158,12 @@ def sample_count(stage, dataset, limit):
 
 
 def with_sample_counts(data_args, trainer):
-    """The arguments with numbers of samples in place of limits, which run_clm.py's lines count with; unknown: inf."""
+    """The arguments with numbers of samples in place of limits, which run_clm.py's lines count with; unknown: inf.
+
+    A stream of conversations is made endless only now, because those lines have cut it to its limit before.
+    """
+    if trainer.data_collator is not block_collator:
+        trainer.train_dataset = batches.repeated_stream(trainer.train_dataset)
     counts = {}
     for stage, dataset in {"train": trainer.train_dataset, "eval": trainer.eval_dataset}.items():
         if dataset is not None:

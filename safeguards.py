@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from accelerate.data_loader import get_sampler
-from datasets import IterableDataset
 from safetensors import SafetensorError
 from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
@@ -72,19 +71,6 @@ class Safeguards:
         if args.should_save:
             self.checks.check_saved(args.output_dir, trainer.model, trainer.state.global_step)
         return metrics
-
-
-def repeated_stream(data):
-    """A stream that begins again at its end; other data as they are. ValueError if the stream is empty.
-
-    Trainer, too, reads a stream again until --max_steps, but a run that resumes after the first pass would begin at
-    its first row, because Trainer takes the whole run for one pass.
-    """
-    if not isinstance(data, IterableDataset):
-        return data
-    if next(iter(data), None) is None:
-        raise ValueError("The streamed training data hold no example to train on.")
-    return data.repeat(None)
 
 
 def earlier_metrics(output_dir) -> dict:

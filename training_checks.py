@@ -32,6 +32,8 @@ class TrainingChecks(TrainerCallback):
     The loss is looked at before the optimizer steps, so that no weight is spoiled and no checkpoint is saved with it.
     """
 
+    trainer = None  # known where the run is guarded; DeepSpeed keeps its gradients to itself
+
     def on_train_begin(self, args, state, control, model, processing_class, train_dataloader, **kwargs):
         example = next(iter(train_dataloader.dataset))
         logger.info(f"The first example; what stands in 【】 is trained:\n{marked_text(processing_class, example)}")
@@ -53,7 +55,7 @@ class TrainingChecks(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model, optimizer, processing_class, **kwargs):
         loss_is_bad = torch.tensor([not loss.isfinite().all() for loss, _ in self.batches]).any()
-        gradient_is_bad = ~gradient_norm(self.trainer, model).isfinite()
+        gradient_is_bad = ~gradient_norm(args, self.trainer, model).isfinite()
         if any(bad := on_any_process(loss_is_bad, gradient_is_bad, device=args.device)):
             what = ["loss" if bad[0] else "gradient", "is not a finite number"]
             batches = [inputs for loss, inputs in self.batches if not bad[0] or not loss.isfinite().all()]
@@ -113,11 +115,11 @@ def marked_text(tokenizer, example) -> str:
     return "".join(f"【{tokenizer.decode(ids)}】" if trained else tokenizer.decode(ids) for ids, trained in runs)
 
 
-def gradient_norm(trainer, model) -> torch.Tensor:
+def gradient_norm(args, trainer, model) -> torch.Tensor:
     """The norm of the gradients of this process, a scalar; 0 under fp16, whose scaler passes over infinite ones."""
-    if trainer.args.fp16:
+    if args.fp16 or (args.deepspeed and trainer is None):
         return torch.tensor(0.0)
-    if trainer.is_deepspeed_enabled:
+    if args.deepspeed:
         norm = float(trainer.deepspeed.get_global_grad_norm() or 0)
         return torch.tensor(norm if norm >= 0 else math.nan)  # DeepSpeed writes -1 for what is not finite
     gradients = [p.grad for p in model.parameters() if p.grad is not None]

@@ -56,7 +56,7 @@ def outcome(folder):
     """All that two runs must have in common: losses, metrics without timings, weights, answers, record."""
     weights = [folder / name for name in ("adapter_model.safetensors", "model.safetensors")]
     files = ("generated_predictions.jsonl", "generated_evaluations.jsonl", "provenance.json")
-    timed = ("runtime", "per_second", "total_flos")
+    timed = ("runtime", "per_second", "total_flos", "peak_memory_gib")
     return {
         "losses": losses(folder) if (folder / "trainer_state.json").exists() else None,
         "metrics": {
