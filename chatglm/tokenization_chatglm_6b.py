@@ -80,6 +80,9 @@ def backend_from_sentencepiece(vocab_file: str, num_image_tokens: int) -> Tokeni
     backend.normalizer = normalizers.Sequence(
         [
             *(normalizers.Replace(text, token) for text, token in WHITESPACE.items()),
+            # Precompiled loses what follows a mapped character in one grapheme, as the joiner in "½\u200d". A control
+            # character keeps the two apart, and Precompiled removes it.
+            normalizers.Replace(Regex(r"(?<=[^\x00-\x7f])(?=[\p{M}\u200d])"), "\x01"),
             normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap),
             normalizers.NFC(),  # Precompiled leaves long graphemes in parts, as half-width ガ
             normalizers.Replace(Regex("^ +| +$"), ""),
