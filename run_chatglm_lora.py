@@ -763,7 +763,7 @@ def encoded_split(rows, function, options, data_args, training_args):
 def encoding_fingerprint(rows, options) -> str:
     """Changes with the rows, the tokenizer, its template, the flags that shape ids, and the code that makes them."""
     tokenizer, chat_args = options["tokenizer"], options["chat_args"]
-    files = [__file__, chat_rows.__file__, inspect.getsourcefile(type(tokenizer))]
+    files = [__file__, chat_rows.__file__, *(inspect.getsourcefile(c) for c in type(tokenizer).__mro__[:-1])]
     parts = {
         "rows": rows._fingerprint,
         "tokenizer": tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab(),
@@ -892,13 +892,12 @@ def loaded_config(model_args):
     return config
 
 
-def loaded_tokenizer(model_args, chat_args):
+def loaded_tokenizer(model_args):
     """The tokenizer of --tokenizer_name or of the checkpoint."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
     if not name:
         raise ValueError("A model from scratch needs a tokenizer that exists: pass --tokenizer_name.")
-    tokenizer = AutoTokenizer.from_pretrained(name, use_fast=model_args.use_fast_tokenizer, **hub_options(model_args))
-    return with_chat_template(tokenizer, chat_args)
+    return AutoTokenizer.from_pretrained(name, use_fast=model_args.use_fast_tokenizer, **hub_options(model_args))
 
 
 def with_chat_template(tokenizer, chat_args):
@@ -1234,7 +1233,7 @@ def main():
     config = loaded_config(model_args)
     if prefix_tuning := beside("prefix_tuning"):
         config = prefix_tuning.with_prefix(config, lora_args)
-    tokenizer = loaded_tokenizer(model_args, chat_args)
+    tokenizer = with_chat_template(loaded_tokenizer(model_args), chat_args)
     # The data are encoded before the weights are loaded: a mistake in them shows within seconds.
     data = chats_as_ids(raw, row_format, tokenizer, config, chat_args, data_args, training_args)
     if not row_format:
