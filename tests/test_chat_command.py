@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -145,6 +146,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(llama, run_chat, monkeypatc
             yield token
             if len(counts) == 1 and counts[0] == 20:
                 os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)  # the main thread takes the signal; this one may be in another
 
     monkeypatch.setattr(chat, "generated_ids", interrupted)
     threads = threading.active_count()
