@@ -109,16 +109,12 @@ def packed(batch, length):
 
 
 def repeated_stream(data):
-    """A stream that begins again at its end; other data as they are. ValueError if the stream is empty.
+    """A stream that begins again at its end; other data as they are.
 
     Trainer, too, reads a stream again until --max_steps, but a run that resumes after the first pass would begin at
     its first row, because Trainer takes the whole run for one pass.
     """
-    if not isinstance(data, IterableDataset):
-        return data
-    if next(iter(data), None) is None:
-        raise ValueError("The streamed training data hold no example to train on.")
-    return data.repeat(None)
+    return data.repeat(None) if isinstance(data, IterableDataset) else data
 
 
 # --------------------------------------------------------------------------------------------- what a model can take

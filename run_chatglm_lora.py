@@ -66,7 +66,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
     default_data_collator,
-    is_torch_xla_available,
     set_seed,
 )
 from transformers.utils.versions import require_version
@@ -352,8 +351,7 @@ def raw_datasets(model_args, data_args, chat_args, training_args):
     if data_args.dataset_name is not None:
         source = (data_args.dataset_name, data_args.dataset_config_name)
         options["streaming"] = data_args.streaming
-        if Path(data_args.dataset_name).is_dir() and chat_rows:
-            files = chat_rows.files_in(*source)
+        files = chat_rows.files_in(*source) if chat_rows and Path(data_args.dataset_name).is_dir() else {}
     elif builder is not None:
         source = (builder,)
         options["data_files"] = files
@@ -729,6 +727,8 @@ def encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_arg
             # The limit is an upper bound on the examples too, which are not counted; the columns are named, because
             # a stream that went through a map function does not know them.
             data[split] = capped(data[split], limits[split]).cast(features_of("input_ids", "labels", length=NUMBER))
+            if next(iter(data[split]), None) is None:  # this also shows mistakes in the first rows
+                raise ValueError(f"The streamed {split} data hold no example: see --data_format and the column flags.")
         else:
             setattr(data_args, LIMIT_FLAGS[split], None)
     asked = {"test": (raw.get("test"), chat_args.max_predict_samples)} if training_args.do_predict else {}
@@ -1056,7 +1056,7 @@ def masked_accuracy(evaluation):
 
 def scoring(collator, training_args):
     """What Trainer scores an evaluation with, and makes of the logits for that; nothing if none is asked for."""
-    if not training_args.do_eval or is_torch_xla_available():
+    if not training_args.do_eval or transformers.is_torch_xla_available():
         return {}
     if collator is block_collator:
         return {"compute_metrics": masked_accuracy, "preprocess_logits_for_metrics": best_tokens}

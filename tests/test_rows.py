@@ -227,6 +227,23 @@ def test_bad_row_stops_the_run_with_its_line(run, chatglm3, tmp_path):
         run("--model_name_or_path", chatglm3, "--train_file", path, "--do_train")
 
 
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+def test_bad_row_is_found_before_the_weights_are_loaded(run, chatglm3, tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(run_chatglm_lora, "loaded_model", lambda *arguments: pytest.fail("weights were loaded"))
+    path = write_jsonl(tmp_path / "rows.jsonl", [BAD[1], GOOD])
+    with pytest.raises(BadRow, match="rows.jsonl, line 1"):
+        run("--model_name_or_path", chatglm3, "--train_file", path, "--do_train", "--max_steps", 1, streaming)
+
+
+def test_data_set_wins_over_the_files(run, chatglm3, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", [GOOD] * 3)
+    other = write_jsonl(tmp_path / "other.jsonl", [GOOD])
+    flags = ["--model_name_or_path", chatglm3, "--train_file", other, "--do_train", "--max_steps", 1]
+    assert results(run(flags, "--dataset_name", folder), "train")["train_samples"] == 3
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_bad_rows_are_skipped_counted_and_listed_if_asked_for(run, chatglm2, tmp_path, caplog, streaming):
     """ChatGLM2's prompt refuses two questions in a row; that row is found although all are encoded together."""
