@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import socket
+import time
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch import distributed
 logger = logging.getLogger("run_chatglm_lora.launching")
 
 LOCK = "training.lock"
+LONGEST_COMPILATION = 15  # minutes; DeepSpeed's largest extension for CPUs took 2.5 on two cores
 # Sections of a DeepSpeed configuration that its module of constants does not name.
 # fmt: off
 DEEPSPEED_SECTIONS = {
@@ -50,6 +52,7 @@ def check_launch(args):
     check_strategy(args)
     if args.deepspeed:
         check_deepspeed(args.hf_deepspeed_config.config)
+        check_extension_locks()
         allow_deepspeed_states()
         if args.use_cpu:
             join_deepspeed()
@@ -103,6 +106,23 @@ def check_deepspeed(config):
             near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
             raise ValueError(
                 f"--deepspeed: DeepSpeed has no key '{prefix}{key}' and would pass over it. Near: '{prefix}{near}'."
+            )
+
+
+def check_extension_locks():
+    """Raise a ValueError if a process was killed while it compiled an extension of DeepSpeed.
+
+    Its lock stays, and every later process that needs the extension waits for it to go, without a word and for ever.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in folder.rglob("lock"):
+        minutes = (time.time() - lock.stat().st_mtime) / 60
+        if minutes > LONGEST_COMPILATION:
+            raise ValueError(
+                f"{lock} is {minutes:.0f} minutes old: a process was killed while it compiled an extension, and "
+                "DeepSpeed would wait for it for ever. Delete that file."
             )
 
 

@@ -68,6 +68,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.utils import is_torch_xla_available
 from transformers.utils.versions import require_version
 
 
@@ -1056,7 +1057,7 @@ def masked_accuracy(evaluation):
 
 def scoring(collator, training_args):
     """What Trainer scores an evaluation with, and makes of the logits for that; nothing if none is asked for."""
-    if not training_args.do_eval or transformers.is_torch_xla_available():
+    if not training_args.do_eval or is_torch_xla_available():
         return {}
     if collator is block_collator:
         return {"compute_metrics": masked_accuracy, "preprocess_logits_for_metrics": best_tokens}

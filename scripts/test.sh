@@ -4,6 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh requirements.txt tests/requirements.txt
+# DeepSpeed compiles a library here; a run that was killed meanwhile left a lock that the next would wait for.
+export TORCH_EXTENSIONS_DIR=$PWD/.venv/torch_extensions
+rm -f "$TORCH_EXTENSIONS_DIR"/*/lock
 export HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

@@ -45,7 +45,9 @@ def logged_main(words, log, before):
 
 
 def finished(process, log):
-    """Exit code of a run, and what it printed."""
+    """Exit code of a run, and what it printed; a run that hangs is killed after four minutes."""
+    process.join(240)
+    process.kill()
     process.join()
     return process.exitcode, Path(log).read_text()
 

@@ -1,6 +1,7 @@
 """Two processes, with and without DeepSpeed, train what one process trains; and what would go wrong silently."""
 
 import json
+import os
 import re
 from functools import partial
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from tiny import CHAT_FLAGS, COMMON, ROOT, flat, losses
 from transformers import AutoModelForCausalLM
 
 import chatglm  # noqa: F401
-from launching import check_deepspeed, check_processes, check_strategy, prepared_words
+from launching import check_deepspeed, check_extension_locks, check_processes, check_strategy, prepared_words
 from safeguards import STOPPED_EARLY
 
 
@@ -143,6 +144,17 @@ def test_our_deepspeed_configurations_and_every_documented_section_are_known():
     offload = {"offload_optimizer": {"device": "cpu"}, "stage3_max_live_parameters": 1e9}
     sections = ["optimizer", "scheduler", "flops_profiler", "tensorboard", "wandb", "steps_per_print", "aio", "amp"]
     check_deepspeed({"zero_optimization": offload, **dict.fromkeys(sections)})
+
+
+def test_lock_that_a_killed_compilation_left_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "deepspeed_shm_comm/lock"
+    lock.parent.mkdir()
+    lock.touch()
+    check_extension_locks()  # of a compilation that goes on
+    os.utime(lock, (0, lock.stat().st_mtime - 16 * 60))
+    with pytest.raises(ValueError, match=f"{lock} is 16 minutes old: .* Delete that file."):
+        check_extension_locks()
 
 
 def test_deepspeed_without_a_launcher_is_refused(run, chatglm3, chats):

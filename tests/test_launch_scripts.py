@@ -103,28 +103,22 @@ def test_predict_answers_with_the_trained_adapter(train, commands, chatglm3, cha
     assert len([json.loads(line) for line in answers]) == 2
 
 
-def test_signal_reaches_the_processes_of_torchrun(chatglm3, chats, tmp_path):
-    """torchrun itself then ends with 1."""
-    words = ["bash", ROOT / "scripts/train_multi_gpu.sh", chatglm3, chats, tmp_path / "out", CHAT_FLAGS, ON_CPU]
+def test_signal_to_a_script_reaches_the_processes_of_torchrun(chatglm3, chats, tmp_path):
+    """torchrun itself then ends with 1; it signals the workers of the data loader too."""
+    words = ["timeout", "--signal", "KILL", 240, "bash", ROOT / "scripts/train_multi_gpu.sh", chatglm3, chats]
+    steps = ["--max_steps", 100000, "--logging_steps", 1, "--gradient_accumulation_steps", 1]
+    workers = ["--dataloader_num_workers", 1, "--per_device_train_batch_size", 1]
     programs = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": programs, "NUM_GPUS": "2", "OMP_NUM_THREADS": "1"}
-    steps = ["--max_steps", 100000, "--logging_steps", 1, "--gradient_accumulation_steps", 1]
-    steps += [
-        "--dataloader_num_workers",
-        1,
-        "--per_device_train_batch_size",
-        1,
-    ]  # torchrun signals the workers of the data loader too
     with subprocess.Popen(
-        [str(word) for word in flat([words, steps])],
+        [str(word) for word in flat([words, tmp_path / "out", CHAT_FLAGS, ON_CPU, steps, workers])],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     ) as process:  # fmt: skip
         log = []
         for line in process.stdout:
             log.append(line)
-            if "'loss'" in line and not any("'loss'" in earlier for earlier in log[:-1]):
-                children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
-                os.kill(int(children.split()[0]), 15)
+            if "'loss'" in line and "'loss'" not in "".join(log[:-1]):
+                process.terminate()
     log = "".join(log)
     assert process.returncode == 1 and log.count("Stopped early, by a signal") == 2, log
     assert list((tmp_path / "out").glob("checkpoint-*/complete.json"))
