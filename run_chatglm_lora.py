@@ -393,6 +393,10 @@ def train_and_validation(train, data_args):
         raise ValueError(f"--validation_split_percentage must lie between 0 and 100, not be {percentage}.")
     if not data_args.streaming:
         cut = round(len(train) * percentage / 100)
+        if cut == len(train):
+            raise ValueError(
+                f"--validation_split_percentage {percentage} leaves no row of {cut} to train on: lower it."
+            )
         return train.select(range(cut, len(train))), train.select(range(cut))
     stream = train if isinstance(train, IterableDataset) else train.to_iterable_dataset()
     return (

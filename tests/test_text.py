@@ -115,6 +115,16 @@ def test_streamed_split_loses_no_row(folder_dataset):
     assert rows == [LINES[5:100], LINES[:5]]
 
 
+@pytest.mark.parametrize(
+    "percentage, sentence",
+    [(100, "100 leaves no row of 100 to train on: lower it"), (101, "must lie between 0 and 100")],
+)
+def test_percentage_that_cannot_split_the_rows_is_refused(run, llama, text_files, percentage, sentence):
+    flags = ["--model_name_or_path", llama, "--train_file", text_files / "train.txt", "--do_train"]
+    with pytest.raises(ValueError, match=f"--validation_split_percentage.* {sentence}"):
+        run(flags, "--validation_split_percentage", percentage)
+
+
 def test_streaming_works_without_sample_caps(run, llama, folder_dataset):
     folder = run(
         "--model_name_or_path", llama, "--dataset_name", folder_dataset, "--streaming", "--do_train", "--do_eval",
