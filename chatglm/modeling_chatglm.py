@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -328,6 +329,16 @@ class ChatGLMForConditionalGeneration(ChatMixin, CausalLMMixin, ChatGLMPreTraine
 
     def set_output_embeddings(self, new_embeddings: nn.Linear):
         self.transformer.output_layer = new_embeddings
+
+    @staticmethod
+    def create_masks_for_generate(config, attention_mask, **kwargs):
+        """The library's mask for a static cache; for flex attention, whose mask `generate` cannot hold, the one given.
+
+        `forward` then makes flex attention's mask. Shapes: attention_mask [B, K] or None.
+        """
+        if config._attn_implementation == "flex_attention":
+            return attention_mask
+        return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
 
     def adjust_generation_fn(self, *args, **kwargs):
         super().adjust_generation_fn(*args, **kwargs)

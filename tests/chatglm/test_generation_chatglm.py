@@ -65,6 +65,20 @@ def test_every_cache_gives_the_greedy_continuation(model, ids, options):
     assert torch.equal(model.generate(row, attention_mask=mask, **options, **GREEDY), expected)
 
 
+@pytest.mark.parametrize(
+    "options", [GREEDY, BEAMS, {**GREEDY, "use_cache": False}, {**GREEDY, "cache_implementation": "static"}], ids=str
+)
+def test_flex_attention_gives_the_same_continuation(model, ids, options):
+    """Not compiled: torch 2.13 compiles flex attention for CPUs to a wrong result at some lengths."""
+    row, mask = padded(ids, model)
+    expected = model.generate(row, attention_mask=mask, **options)
+    model.set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"):
+        actual = model.generate(row, attention_mask=mask, **options)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(actual, expected)
+
+
 def test_embeddings_give_what_their_ids_give(model, ids):
     mask = torch.ones_like(ids)
     expected = model.generate(ids, attention_mask=mask, **GREEDY)[:, ids.shape[1] :]
