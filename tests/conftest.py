@@ -1,6 +1,7 @@
 """Tiny models, tokenizers and data, and the script as a function of its command line."""
 
 import os
+import shutil
 import sys
 import tempfile
 
@@ -16,6 +17,10 @@ from trained import script
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import run_chatglm_lora
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
