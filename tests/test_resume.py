@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import CHAT_FLAGS, CHATML, losses, write_jsonl
+from tiny import CHAT_FLAGS, CHATML, CHATS, losses, write_jsonl
 
 import run_chatglm_lora
 from whole_checkpoints import MANIFEST
@@ -19,7 +19,9 @@ def flags(chatglm3, chats):
 
 
 RUNS = {
-    "LoRA with dropout": [],
+    "LoRA with dropout, rows end to end": [],
+    "padded rows": ["--no_padding_free"],
+    "packed rows": ["--pack_to_length", 128],
     "gradient accumulation": ["--gradient_accumulation_steps", 3, "--max_grad_norm", 0.5],
     "data loader workers": ["--dataloader_num_workers", 2],
     "full fine-tuning": ["--no_use_lora", "--learning_rate", 1e-3],
@@ -46,8 +48,20 @@ def test_ten_steps_and_ten_more_are_twenty(run, flags, options):
     assert (resumed / state).read_bytes() == (straight / state).read_bytes()
 
 
-def test_streamed_data_go_on_where_they_stopped(run, flags, chats):
-    flags = [flags, "--dataset_name", Path(chats).parent, "--streaming"]
+STREAMS = {
+    "in one process": [],
+    "by workers": ["--dataloader_num_workers", 2, "--gradient_accumulation_steps", 2],
+    "packed": ["--pack_to_length", 128],
+}
+
+
+@pytest.mark.parametrize("options", STREAMS.values(), ids=STREAMS.keys())
+def test_streamed_data_go_on_where_they_stopped(run, flags, tmp_path, options):
+    data = tmp_path / "data"
+    data.mkdir()
+    for part in range(2):  # a worker reads whole files
+        write_jsonl(data / f"train-{part}.jsonl", CHATS[part:])
+    flags = [flags, "--dataset_name", data, "--streaming", options]
     straight = run(flags)
     resumed = run(flags, "--resume_from_checkpoint", straight / "checkpoint-10", output="resumed")
     assert history(resumed) == history(straight) and len(history(straight)) == 20
