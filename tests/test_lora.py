@@ -132,10 +132,21 @@ def test_virtual_tokens_of_a_trained_prompt_are_left_out_of_the_accuracy(run, fl
     assert 0 <= tuned["eval_accuracy"] < 1 and tuned["eval_loss"] > 0
 
 
-def test_quantised_base_is_tuned_where_bitsandbytes_is_installed(run, flags):
+@pytest.mark.parametrize("bits", ["--load_in_4bit", "--load_in_8bit"])
+@pytest.mark.parametrize("generation", ["chatglm1", "chatglm2", "chatglm3", "glm4_checkpoint"])
+def test_quantised_base_is_tuned_resumed_and_asked(run, chats, request, generation, bits):
     pytest.importorskip("bitsandbytes")
-    folder = run(flags, "--load_in_4bit")
-    assert {tensor.dtype for tensor in adapter(folder).values()} == {torch.float32}
+    base = ["--model_name_or_path", request.getfixturevalue(generation), CHAT_FLAGS, bits]
+    tuning = [base, "--train_file", chats, "--do_train", "--gradient_checkpointing", "--max_steps", 4]
+    straight = run(tuning, "--save_strategy", "steps", "--save_steps", 2)
+    resumed = run(tuning, "--resume_from_checkpoint", straight / "checkpoint-2", output="resumed")
+    assert losses(resumed) == losses(straight)
+    name = "adapter_model.safetensors"
+    assert (resumed / name).read_bytes() == (straight / name).read_bytes()
+    assert {tensor.dtype for tensor in adapter(straight).values()} == {torch.float32}
+    questions = ["--adapter_name_or_path", straight, "--do_predict", "--test_file", chats, "--max_predict_samples", 2]
+    answers = run(base, questions, output="answers") / "generated_predictions.jsonl"
+    assert len(answers.read_text().splitlines()) == 2
 
 
 def test_another_method_of_peft_needs_no_code_of_ours(run, flags):
