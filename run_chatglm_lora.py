@@ -68,6 +68,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_torch_xla_available
 from transformers.utils.versions import require_version
 
@@ -950,7 +951,10 @@ def quantization_options(lora_args, training_args):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float16 if training_args.fp16 else torch.bfloat16,
     )
-    return {"quantization_config": config, "device_map": {"": training_args.device}}
+    options = {"quantization_config": config}
+    if not is_deepspeed_zero3_enabled():  # which deals the model out itself
+        options["device_map"] = {"": training_args.device}
+    return options
 
 
 def code_revision(model):
@@ -981,6 +985,11 @@ def adapted_model(model, lora_args, training_args):
         model = peft.PeftModel.from_pretrained(model, path, is_trainable=training_args.do_train)
     else:
         model = peft.get_peft_model(model, adapter_config(model, lora_args))
+    if training_args.do_train and model.active_peft_config.is_prompt_learning and is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "PEFT saves a trained prefix by running it on one process, and ZeRO-3 would wait for the others for ever: "
+            "take ds_zero2.json, or ChatGLM's own prefix with --pre_seq_len."
+        )
     trainable, total = model.get_nb_trainable_parameters()
     logger.info(f"Trainable parameters: {trainable:,} of {total:,} ({trainable / total:.3%})")
     return model

@@ -80,6 +80,28 @@ def test_all_weights_of_chatglm_6b_are_trained_under_zero_3_as_by_one_process(ch
     AutoModelForCausalLM.from_pretrained(tmp_path / "two")
 
 
+def test_quantised_base_is_tuned_under_zero_3_as_by_one_process(chatglm3, chats, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    quantised = command(chatglm3, chats, "--load_in_8bit")
+    one = [*quantised, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "one")]
+    code, log = finished(forked_run(one, tmp_path / "log"), tmp_path / "log")
+    assert code == 0, log
+    two = [*quantised, "--per_device_train_batch_size", 2, "--output_dir", tmp_path / "two", *STAGES["ZeRO-3"]]
+    for code, log in forked_ranks(two, tmp_path):
+        assert code == 0, log
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-6)
+    ours, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "one"))
+    assert ours.keys() == expected.keys()
+    assert all(torch.allclose(ours[name], expected[name], rtol=0, atol=1e-5) for name in expected)
+
+
+def test_prefix_of_peft_is_refused_under_zero_3(chatglm3, chats, tmp_path):
+    """Saving it, DeepSpeed would wait for ever."""
+    prefix = ["--peft_type", "PREFIX_TUNING", "--num_virtual_tokens", 4, "--output_dir", tmp_path / "out"]
+    ((code, log),) = forked_ranks(command(chatglm3, chats, prefix, STAGES["ZeRO-3"]), tmp_path, count=1)
+    assert code == 1 and "take ds_zero2.json, or ChatGLM's own prefix with --pre_seq_len" in log
+
+
 def test_signal_to_one_process_stops_both_after_the_same_step(chatglm3, chats, tmp_path):
     words = command(chatglm3, chats, "--output_dir", tmp_path / "out")
     ended = forked_ranks(words, tmp_path, before=signal_rank_1)
