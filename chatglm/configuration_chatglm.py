@@ -115,7 +115,7 @@ class ChatGLMConfig(PreTrainedConfig):
                 )
         told_by = ("generation", "transformers_version", "padded_vocab_size", "layernorm_epsilon", "eos_token_id")
         self.generation = generation_of(
-            {**{key: getattr(self, key) for key in told_by}, **kwargs}, kwargs.get("name_or_path", "")
+            {**{key: getattr(self, key) for key in told_by}, **kwargs}, kwargs.pop("name_or_path", "")
         )
         if self.generation == "glm4":
             self.tokenizer_class = "ChatGLM4Tokenizer"

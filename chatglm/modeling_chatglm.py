@@ -330,6 +330,21 @@ class ChatGLMForConditionalGeneration(ChatMixin, CausalLMMixin, ChatGLMPreTraine
     def set_output_embeddings(self, new_embeddings: nn.Linear):
         self.transformer.output_layer = new_embeddings
 
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, past_key_values=None, inputs_embeds=None, **kwargs
+    ):
+        """The library's inputs, which takes the prefix at the start of a cache for text that was fed already."""
+        goes_on = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if goes_on and kwargs.get("is_first_iteration") and next_sequence_length is not None:
+            next_sequence_length += self.config.pre_seq_len or 0
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
     @staticmethod
     def create_masks_for_generate(config, attention_mask, **kwargs):
         """The library's mask for a static cache; for flex attention, whose mask `generate` cannot hold, the one given.

@@ -376,6 +376,7 @@ class ChatGLM6BForConditionalGeneration(ChatMixin, CausalLMMixin, ChatGLM6BPreTr
         real = real_tokens(attention_mask, 0, length)
         positions = self.transformer.derived_position_ids(input_ids, inputs_embeds, real)  # [B, 2, length]
         if prompt_position_ids is not None:
+            prompt_position_ids = prompt_position_ids.expand(len(positions), *prompt_position_ids.shape[1:])
             given = prompt_position_ids.shape[-1]
             later = positions[..., given:] + prompt_position_ids[..., -1:] - positions[..., given - 1 : given]
             positions = torch.cat((prompt_position_ids, later), dim=-1)

@@ -182,6 +182,8 @@ class ChatGLMTokenizer(PartsTokenizer):
         self.roles = ROLES[generation]
         self.encode_special_tokens = encode_special_tokens
         self._tokenizer = self._backend(vocab_file, tokenizer_file)
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self._published = {token.content for token in added if token.special}
 
         kwargs["added_tokens_decoder"] = new_tokens(kwargs.get("added_tokens_decoder", {}), self._tokenizer)
         kwargs.pop("split_special_tokens", None)
@@ -204,9 +206,21 @@ class ChatGLMTokenizer(PartsTokenizer):
         # The backend goes on treating a token as special until it is loaded anew.
         return backend if special else Tokenizer.from_str(backend.to_str())
 
+    def _add_tokens(self, new_tokens: list[str | AddedToken], special_tokens: bool = False) -> int:
+        # A special token of the user's own is found in text, unlike the published ones: the backend takes it for an
+        # ordinary one, and `_decode` hides it.
+        own = [token for token in new_tokens if special_tokens and str(token) not in self._published]
+        rest = [token for token in new_tokens if token not in own]
+        return super()._add_tokens(rest, special_tokens) + self._tokenizer.add_tokens(
+            [AddedToken(str(token), normalized=False, special=False) for token in own]
+        )
+
     def _decode(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> str:
         # ChatGLM2 never shows special tokens, ChatGLM3 does unless told otherwise.
         skip_special_tokens = skip_special_tokens or self.generation in SECOND_GENERATION
+        if skip_special_tokens and not isinstance(token_ids, int):
+            hidden = set(self.all_special_ids)
+            token_ids = [index for index in token_ids if index not in hidden]
         return super()._decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
 
     def _call_text(self, arguments: dict[str, Any]) -> str:

@@ -65,6 +65,7 @@ def undisturbed(words, tmp_path_factory):
     return adapter_bytes(folder / "first"), losses(folder / "first"), time.monotonic() - begun
 
 
+@pytest.mark.timeout(300 + 20 * KILLS)
 def test_kills_at_random_moments_do_not_change_the_adapter(words, undisturbed, tmp_path):
     seconds = undisturbed[2]  # of twelve steps: a kill may come before the first step and in the middle of any
     words, log = [*words, "--max_steps", 40], tmp_path / "log"

@@ -389,6 +389,13 @@ def test_beams_agree_with_and_without_cache(sdpa, recorded, options):
     assert torch.equal(sdpa.generate(ids, attention_mask=ids.ne(PAD).long(), **GREEDY, **options), expected)
 
 
+def test_positions_given_once_serve_every_row(sdpa, recorded):
+    ids = recorded[0]["auto_gmask_single.input_ids"][:1].repeat(2, 1)
+    positions = sdpa.transformer.derived_position_ids(ids, None, None)[:1]  # [1, 2, S]
+    expected = sdpa.generate(ids, **GREEDY)
+    assert torch.equal(sdpa.generate(ids, position_ids=positions, **GREEDY), expected)
+
+
 def test_generation_stops_at_the_end_token(fresh, recorded):
     assert fresh.generation_config.eos_token_id == EOS
     ids, expected = (recorded[0][f"gen.single_gmask.{name}"] for name in ("input_ids", "output_ids"))

@@ -176,3 +176,22 @@ def test_peft_prefix_tuning_trains_generates_and_reloads(folder, ids, tmp_path):
     assert output.shape[0] == 2
     model.save_pretrained(tmp_path)
     assert load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"].shape[0] == 4
+
+
+@pytest.mark.parametrize("length", [2, 5, 16])
+def test_generation_goes_on_from_a_cache_that_begins_with_the_prefix(config, ids, length):
+    torch.manual_seed(0)
+    config.pre_seq_len = length
+    model = ChatGLMForConditionalGeneration(config).eval()
+    torch.nn.init.normal_(model.transformer.prefix_encoder.embedding.weight)
+    padded = torch.nn.functional.pad(ids, (3, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (3, 0))
+    options = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True, "output_logits": True}
+    whole = model.generate(padded, attention_mask=mask, max_new_tokens=8, **options)
+    first = model.generate(padded, attention_mask=mask, max_new_tokens=4, **options)
+    mask = torch.nn.functional.pad(mask, (0, 4), value=1)
+    rest = model.generate(
+        first.sequences, attention_mask=mask, max_new_tokens=4, past_key_values=first.past_key_values, **options
+    )
+    assert torch.equal(rest.sequences, whole.sequences)
+    torch.testing.assert_close(torch.stack(rest.logits), torch.stack(whole.logits[4:]), atol=1e-5, rtol=0)

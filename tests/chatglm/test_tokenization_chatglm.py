@@ -390,6 +390,17 @@ def test_added_tokens_survive_saving(v3_folder, tmp_path):
     assert again("你好") == tokenizer("你好")
 
 
+def test_special_tokens_of_ones_own_are_found_in_text_and_hidden(folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["[TABLE]"]})
+    tokenizer.save_pretrained(tmp_path)
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        ids = each("你好[TABLE]", add_special_tokens=False)["input_ids"]
+        assert ids[-1] == each.convert_tokens_to_ids("[TABLE]") == len(each) - 1
+        assert each.decode(ids, skip_special_tokens=True) == "你好"
+        assert each.convert_tokens_to_ids("[gMASK]") not in each("[gMASK]", add_special_tokens=False)["input_ids"]
+
+
 def test_tokens_listed_in_published_files_change_nothing(v3_folder, v3, tmp_path):
     """Later uploads of ChatGLM3-6B list their special tokens and a simple template in tokenizer_config.json."""
     content = json.loads((v3_folder / "tokenizer_config.json").read_text())
