@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -286,7 +287,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel, GlmModel):
         return cache
 
 
-class ChatGLMForConditionalGeneration(ChatMixin, CausalLMMixin, ChatGLMPreTrainedModel, GlmForCausalLM):
+class ChatGLMForConditionalGeneration(
+    ChatMixin, CausalLMMixin, ChatGLMPreTrainedModel, GlmForCausalLM, GenerationMixin
+):
     """The language model, under the class name of the published code."""
 
     _tied_weights_keys = {}
