@@ -64,35 +64,35 @@ def test_two_processes_train_and_resume_as_one(alone, chatglm3, chats, tmp_path,
         assert code == 1 and "was made with the number of processes 2, this run has 1" in text
 
 
+def trained_by_one_and_two(words, folder, result):
+    """Output folders and saved tensors of a run by one process and by two under ZeRO-3, which share its batches."""
+    one, two = folder / "one", folder / "two"
+    alone = [*words, "--per_device_train_batch_size", "4", "--output_dir", str(one)]
+    code, log = finished(forked_run(alone, folder / "log"), folder / "log")
+    assert code == 0, log
+    together = [*words, "--per_device_train_batch_size", 2, "--output_dir", two, *STAGES["ZeRO-3"]]
+    for code, log in forked_ranks(together, folder):
+        assert code == 0, log
+    tensors = [load_file(output / result) for output in (one, two)]
+    assert tensors[0].keys() == tensors[1].keys()
+    return one, two, [(tensors[0][name], tensors[1][name]) for name in tensors[0]]
+
+
 def test_all_weights_of_chatglm_6b_are_trained_under_zero_3_as_by_one_process(chatglm1, chats, tmp_path):
     """ChatGLM-6B's published code kept the model whole on every GPU; here each holds its part from loading on."""
     full = command(chatglm1, chats, "--no_use_lora", "--learning_rate", 1e-3)
-    one = [*full, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "one")]
-    code, log = finished(forked_run(one, tmp_path / "log"), tmp_path / "log")
-    assert code == 0, log
-    two = [*full, "--per_device_train_batch_size", 2, "--output_dir", tmp_path / "two", *STAGES["ZeRO-3"]]
-    for code, log in forked_ranks(two, tmp_path):
-        assert code == 0, log
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=5e-6)
-    weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
-    assert weights.keys() == expected.keys()
-    assert all(torch.allclose(weights[name], expected[name], rtol=0, atol=1e-4) for name in expected)
-    AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    one, two, weights = trained_by_one_and_two(full, tmp_path, "model.safetensors")
+    assert losses(two) == pytest.approx(losses(one), abs=5e-6)
+    assert all(torch.allclose(ours, expected, rtol=0, atol=1e-4) for expected, ours in weights)
+    AutoModelForCausalLM.from_pretrained(two)
 
 
 def test_quantised_base_is_tuned_under_zero_3_as_by_one_process(chatglm3, chats, tmp_path):
     pytest.importorskip("bitsandbytes")
     quantised = command(chatglm3, chats, "--load_in_8bit")
-    one = [*quantised, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "one")]
-    code, log = finished(forked_run(one, tmp_path / "log"), tmp_path / "log")
-    assert code == 0, log
-    two = [*quantised, "--per_device_train_batch_size", 2, "--output_dir", tmp_path / "two", *STAGES["ZeRO-3"]]
-    for code, log in forked_ranks(two, tmp_path):
-        assert code == 0, log
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-6)
-    ours, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "one"))
-    assert ours.keys() == expected.keys()
-    assert all(torch.allclose(ours[name], expected[name], rtol=0, atol=1e-5) for name in expected)
+    one, two, weights = trained_by_one_and_two(quantised, tmp_path, "adapter_model.safetensors")
+    assert losses(two) == pytest.approx(losses(one), abs=2e-6)
+    assert all(torch.allclose(ours, expected, rtol=0, atol=1e-5) for expected, ours in weights)
 
 
 def test_prefix_of_peft_is_refused_under_zero_3(chatglm3, chats, tmp_path):
