@@ -118,7 +118,10 @@ def check_extension_locks():
 
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in folder.rglob("lock"):
-        minutes = (time.time() - lock.stat().st_mtime) / 60
+        try:
+            minutes = (time.time() - lock.stat().st_mtime) / 60
+        except FileNotFoundError:  # another process has just given it up
+            continue
         if minutes > LONGEST_COMPILATION:
             raise ValueError(
                 f"{lock} is {minutes:.0f} minutes old: a process was killed while it compiled an extension, and "

@@ -394,7 +394,7 @@ def train_and_validation(train, data_args):
         raise ValueError(f"--validation_split_percentage must lie between 0 and 100, not be {percentage}.")
     if not data_args.streaming:
         cut = round(len(train) * percentage / 100)
-        if cut == len(train):
+        if 0 < cut == len(train):
             raise ValueError(
                 f"--validation_split_percentage {percentage} leaves no row of {cut} to train on: lower it."
             )

@@ -336,7 +336,7 @@ class ChatGLMForConditionalGeneration(
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, past_key_values=None, inputs_embeds=None, **kwargs
     ):
-        """The library's inputs, which takes the prefix at the start of a cache for text that was fed already."""
+        """The library's inputs. It takes the prefix at the start of a given cache for text that was fed already."""
         goes_on = past_key_values is not None and past_key_values.get_seq_length() > 0
         if goes_on and kwargs.get("is_first_iteration") and next_sequence_length is not None:
             next_sequence_length += self.config.pre_seq_len or 0

@@ -147,9 +147,9 @@ def round_parts(messages: list[dict], cue: bool) -> Iterator[Part]:
 class ChatGLMTokenizer(PartsTokenizer):
     """Fast tokenizer over the published tokenizer.model.
 
-    Special tokens written out in a text stay text, except that ChatGLM3's `encode_special_tokens=True` finds the four
-    role tokens. `generation` ("chatglm2", "codegeex2", "chatglm3") is read from the config.json beside the vocabulary
-    where it is not given. Raises ValueError without a vocabulary file.
+    Special tokens written out in a text stay text, except those that the user has added, and that ChatGLM3's
+    `encode_special_tokens=True` finds the four role tokens. `generation` ("chatglm2", "codegeex2", "chatglm3") is read
+    from the config.json beside the vocabulary where it is not given. Raises ValueError without a vocabulary file.
     """
 
     prefix = PREFIX
@@ -207,20 +207,23 @@ class ChatGLMTokenizer(PartsTokenizer):
         return backend if special else Tokenizer.from_str(backend.to_str())
 
     def _add_tokens(self, new_tokens: list[str | AddedToken], special_tokens: bool = False) -> int:
+        if not special_tokens:
+            return super()._add_tokens(new_tokens)
         # A special token of the user's own is found in text, unlike the published ones: the backend takes it for an
         # ordinary one, and `_decode` hides it.
-        own = [token for token in new_tokens if special_tokens and str(token) not in self._published]
-        rest = [token for token in new_tokens if token not in own]
-        return super()._add_tokens(rest, special_tokens) + self._tokenizer.add_tokens(
-            [AddedToken(str(token), normalized=False, special=False) for token in own]
-        )
+        published = [token for token in new_tokens if str(token) in self._published]
+        own = [token for token in new_tokens if str(token) not in self._published]
+        own = [AddedToken(token, normalized=False) if isinstance(token, str) else token for token in own]
+        own = [AddedToken(**{**token.__getstate__(), "special": False}) for token in own]
+        return super()._add_tokens(published, special_tokens=True) + super()._add_tokens(own)
 
     def _decode(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> str:
         # ChatGLM2 never shows special tokens, ChatGLM3 does unless told otherwise.
         skip_special_tokens = skip_special_tokens or self.generation in SECOND_GENERATION
-        if skip_special_tokens and not isinstance(token_ids, int):
+        if skip_special_tokens:
             hidden = set(self.all_special_ids)
-            token_ids = [index for index in token_ids if index not in hidden]
+            ids = [token_ids] if isinstance(token_ids, int) else token_ids
+            token_ids = [index for index in ids if index not in hidden]
         return super()._decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
 
     def _call_text(self, arguments: dict[str, Any]) -> str:

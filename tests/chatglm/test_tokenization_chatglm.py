@@ -5,6 +5,7 @@ import random
 import pytest
 from goldens_io import as_lists, recorded_texts
 from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from chatglm import ChatGLMTokenizer
@@ -392,10 +393,10 @@ def test_added_tokens_survive_saving(v3_folder, tmp_path):
 
 def test_special_tokens_of_ones_own_are_found_in_text_and_hidden(folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"extra_special_tokens": ["[TABLE]"]})
+    tokenizer.add_special_tokens({"extra_special_tokens": [AddedToken("[TABLE]", lstrip=True)]})
     tokenizer.save_pretrained(tmp_path)
     for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
-        ids = each("你好[TABLE]", add_special_tokens=False)["input_ids"]
+        ids = each("你好 [TABLE]", add_special_tokens=False)["input_ids"]
         assert ids[-1] == each.convert_tokens_to_ids("[TABLE]") == len(each) - 1
         assert each.decode(ids, skip_special_tokens=True) == "你好"
         assert each.convert_tokens_to_ids("[gMASK]") not in each("[gMASK]", add_special_tokens=False)["input_ids"]
