@@ -118,7 +118,7 @@ class SeededOrder(TrainerCallback):
 class ShieldedCollator:
     """A collator whose data loader workers outlive a first SIGTERM, which torchrun sends to them too.
 
-    The process that they work for could not save its checkpoint without them. A second SIGTERM ends them.
+    The process that they work for could not save its checkpoint without them. A later SIGTERM ends them.
     """
 
     collator: Callable
@@ -129,8 +129,19 @@ class ShieldedCollator:
         return self.collator(rows)
 
 
-def ignore_once(number, frame):
-    signal.signal(number, signal.SIG_DFL)
+class IgnoreOnce:
+    """A signal handler that passes over the first signal and what follows at once; a later one ends the process."""
+
+    first = None  # when the first signal came
+
+    def __call__(self, number, frame):
+        self.first = self.first or time.monotonic()
+        if time.monotonic() - self.first > SAME_SIGNAL_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+
+ignore_once = IgnoreOnce()
 
 
 class StopOnSignal(TrainerCallback):

@@ -104,7 +104,10 @@ def test_predict_answers_with_the_trained_adapter(train, commands, chatglm3, cha
 
 
 def test_signal_to_a_script_reaches_the_processes_of_torchrun(chatglm3, chats, tmp_path):
-    """torchrun itself then ends with 1; it signals the workers of the data loader too."""
+    """torchrun itself then ends with 1.
+
+    It signals the workers of the data loader too, and so does timeout, as schedulers do that signal a whole group.
+    """
     words = ["timeout", "--signal", "KILL", 240, "bash", ROOT / "scripts/train_multi_gpu.sh", chatglm3, chats]
     steps = ["--max_steps", 100000, "--logging_steps", 1, "--gradient_accumulation_steps", 1]
     workers = ["--dataloader_num_workers", 1, "--per_device_train_batch_size", 1]
