@@ -26,8 +26,6 @@ reasons, in docs/modifications.md. Start it with python, torchrun or deepspeed, 
 
 import difflib
 import gc
-import glob
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -38,18 +36,14 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import datasets
-import evaluate
-import numpy as np
 import peft
 import tokenizers
 import torch
 import transformers
-import yaml
 from datasets import IterableDataset, IterableDatasetDict, load_dataset
 from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
@@ -69,31 +63,43 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import is_torch_xla_available
 from transformers.utils.versions import require_version
 
 
-require_version("transformers>=5.17,<6", "To fix: pip install -r requirements.txt")
+try:
+    from finetuning import (
+        argument_files,
+        batches,
+        chat_rows,
+        data_files,
+        launching,
+        loss_plot,
+        prediction,
+        prefix_tuning,
+        provenance,
+        scores,
+        screen,
+        throughput,
+    )
+    from finetuning.batches import IGNORE_INDEX
+    from finetuning.safeguards import Safeguards
+    from finetuning.training_checks import TrainingChecks
+except ModuleNotFoundError as error:
+    if error.name != "finetuning":
+        raise
+    sys.exit(f"{__file__} needs its package `finetuning`: run it where it lies, or pip install the project's folder.")
+
+require_version("transformers>=5.17", "To fix: pip install -r requirements.txt")
 require_version("datasets>=4.0", "To fix: pip install -r requirements.txt")
 
 logger = logging.getLogger("run_chatglm_lora")
 
 DTYPES = ["auto", "bfloat16", "float16", "float32"]
-IGNORE_INDEX = -100  # the label that torch's cross entropy leaves out
 ENDING_TOKENS = 8  # room for what ends an answer: its eos, and what a template writes after it, such as a newline
 NUMBER = datasets.Value("int64")
 EMPTY_EXAMPLE = {"input_ids": [], "labels": [], "length": 0, "source_cut": False, "target_cut": False}
 ENCODING_FLAGS = ("system_prompt", "skip_bad_rows", "max_source_length", "max_target_length")  # they shape the ids
 LIMIT_FLAGS = {"train": "max_train_samples", "validation": "max_eval_samples"}
-FILE_BUILDERS = {"csv": "csv", "json": "json", "jsonl": "json", "txt": "text", "parquet": "parquet"}
-
-
-def beside(name):
-    """A module that lies beside this script; None for a copy of the script alone, which does without."""
-    return importlib.import_module(name) if importlib.util.find_spec(name) else None
-
-
-batches, chat_rows, throughput = (beside(name) for name in ("batches", "chat_rows", "throughput"))
 
 
 # ------------------------------------------------------------------------------------------------------- arguments
@@ -147,7 +153,7 @@ class DataTrainingArguments:
     keep_linebreaks: bool = argument(True, "Keep the line breaks of txt files.")
 
     def __post_init__(self):
-        file_builder({"--train_file": self.train_file, "--validation_file": self.validation_file})
+        data_files.file_builder({"--train_file": self.train_file, "--validation_file": self.validation_file})
 
 
 @dataclass
@@ -187,8 +193,6 @@ class ChatArguments:
             raise ValueError("--response_column and --history_column belong to a --prompt_column: name it too.")
         if self.data_format in ("text", "messages") and (self.prompt_column or self.response_column):
             raise ValueError(f"--data_format {self.data_format} has no --prompt_column and no --response_column.")
-        if chat_rows is None and (self.prompt_column or self.data_format not in ("auto", "text")):
-            raise ValueError("Conversations need chat_rows.py and batches.py in the folder of this script.")
         for flag in ("max_source_length", "max_target_length", "num_beams"):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag} must be at least 1, not {getattr(self, flag)}.")
@@ -252,90 +256,12 @@ def parsed_arguments():
     parser = HfArgumentParser(ARGUMENT_CLASSES, description=__doc__.split("\n\n")[0])
     if len(sys.argv) == 2 and sys.argv[1].endswith((".json", ".yaml", ".yml")):
         return parsed_file(parser, sys.argv[1])
-    words = sys.argv[1:]
-    if launching := beside("launching"):
-        words = launching.prepared_words(words)
-    return parser.parse_args_into_dataclasses(words)
+    return parser.parse_args_into_dataclasses(launching.prepared_words(sys.argv[1:]))
 
 
 def parsed_file(parser, path):
     """One instance of each argument class of the parser, from a .json or .yaml file."""
-    return parser.parse_dict(file_arguments(path))
-
-
-def file_arguments(path):
-    """The flat mapping in a JSON or YAML file, with no_x: true for x: false as on the command line.
-
-    YAML 1.1 reads 2e-4 as a string and no as false; where a flag is a number or a strategy, what was meant is taken.
-    """
-    text = Path(path).read_text(encoding="utf-8")
-    values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
-    flags = {f.name: f for cls in ARGUMENT_CLASSES for f in fields(cls)}
-    for name, value in list(values.items()):
-        kind = str(flags[name].type) if name in flags else ""
-        if "float" in kind and re.fullmatch(r"-?\d+[eE]-?\d+", str(value)):
-            values[name] = float(value)
-        elif "Strategy" in kind and value is False:
-            values[name] = "no"
-        elif name.startswith("no_") and name[3:] in flags and flags[name[3:]].default is True:
-            values[name[3:]] = not values.pop(name)
-    return values
-
-
-def file_builder(files):
-    """The `datasets` builder for files, given by flag, that must be of one known type; None if there is no file."""
-    found = {}  # builder: the first flag and file that need it
-    for flag, path in [(flag, path) for flag, value in files.items() if value for path in listed_files(value)]:
-        suffix = Path(path).suffix.lstrip(".")
-        if suffix not in FILE_BUILDERS:
-            raise ValueError(f"{flag} {path}: the file must end in one of .{', .'.join(FILE_BUILDERS)}.")
-        found.setdefault(FILE_BUILDERS[suffix], f"{flag} {path}")
-    if len(found) > 1:
-        raise ValueError(f"All files must be of one type: {', '.join(found.values())}.")
-    return next(iter(found), None)
-
-
-def listed_files(value) -> list[str]:
-    """The files that a flag names: one or several with commas, patterns with * or ?, all files of a folder."""
-    files = []
-    for name in [value] if Path(value).exists() else value.split(","):
-        if Path(name).is_dir():
-            files += sorted(str(path) for path in Path(name).iterdir() if path.is_file() and path.name[0] != ".")
-        elif glob.has_magic(name) and not Path(name).exists():
-            files += sorted(glob.glob(name))
-        else:
-            files.append(name)
-    if not files:
-        raise ValueError(f"{value} holds or matches no file.")
-    return files
-
-
-# --------------------------------------------------------------------------------------------------------- logging
-
-
-def set_up_logging(training_args):
-    """Log to stdout at one level for the script, datasets and transformers; replicas stay quiet."""
-    logging.basicConfig(
-        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
-        datefmt="%m/%d/%Y %H:%M:%S",
-        stream=sys.stdout,
-    )
-    if training_args.should_log:
-        transformers.utils.logging.set_verbosity_info()  # makes the default level, "passive", mean INFO
-    level = training_args.get_process_log_level()
-    logger.setLevel(level)
-    datasets.utils.logging.set_verbosity(level)
-    datasets.utils.logging.disable_propagation()  # it has a handler of its own
-    transformers.utils.logging.set_verbosity(level)
-    transformers.utils.logging.enable_default_handler()
-    transformers.utils.logging.enable_explicit_format()
-    distributed = training_args.parallel_mode.value == "distributed"
-    logger.warning(
-        f"process {training_args.local_process_index} on {training_args.device}, {training_args.n_gpu} GPUs, "
-        f"distributed: {distributed}, fp16: {training_args.fp16}, bf16: {training_args.bf16}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-    )
-    logger.info(f"Training arguments: {training_args}")
+    return parser.parse_dict(argument_files.file_arguments(path, ARGUMENT_CLASSES))
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -347,13 +273,13 @@ def raw_datasets(model_args, data_args, chat_args, training_args):
     Where no validation rows are given, they are split off from the training rows.
     """
     files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": chat_args.test_file}
-    builder = file_builder({f"--{split}_file": value for split, value in files.items()})
-    files = {split: listed_files(value) for split, value in files.items() if value is not None}
+    builder = data_files.file_builder({f"--{split}_file": value for split, value in files.items()})
+    files = {split: data_files.listed_files(value) for split, value in files.items() if value is not None}
     options = {"cache_dir": model_args.cache_dir, "token": model_args.token}
     if data_args.dataset_name is not None:
         source = (data_args.dataset_name, data_args.dataset_config_name)
         options["streaming"] = data_args.streaming
-        files = chat_rows.files_in(*source) if chat_rows and Path(data_args.dataset_name).is_dir() else {}
+        files = data_files.files_in(*source) if Path(data_args.dataset_name).is_dir() else {}
     elif builder is not None:
         source = (builder,)
         options["data_files"] = files
@@ -362,13 +288,11 @@ def raw_datasets(model_args, data_args, chat_args, training_args):
     else:
         raise ValueError("There are no data: pass --train_file, --validation_file, --test_file or --dataset_name.")
 
-    raw = row_format = None
-    if chat_rows:
-        raw, row_format = chat_rows.read(files, chat_args, data_args.streaming, model_args.cache_dir)
+    raw, row_format = chat_rows.read(files, chat_args, data_args.streaming, model_args.cache_dir)
     if raw is None:
         raw = load_dataset(*source, **options)
         columns = {split: column_names(rows) for split, rows in raw.items()}
-        row_format = chat_rows.format_of(columns, chat_args) if chat_rows else None
+        row_format = chat_rows.format_of(columns, chat_args)
     logger.info(f"Data format: {row_format or 'text'} (--data_format {chat_args.data_format})")
     # Chat data are all trained on unless an evaluation is asked for; text is split as run_clm.py does, always.
     if "validation" not in raw and "train" in raw and (training_args.do_eval or not row_format):
@@ -769,7 +693,12 @@ def encoded_split(rows, function, options, data_args, training_args):
 def encoding_fingerprint(rows, options) -> str:
     """Changes with the rows, the tokenizer, its template, the flags that shape ids, and the code that makes them."""
     tokenizer, chat_args = options["tokenizer"], options["chat_args"]
-    files = [__file__, chat_rows.__file__, *(inspect.getsourcefile(c) for c in type(tokenizer).__mro__[:-1])]
+    files = [
+        __file__,
+        chat_rows.__file__,
+        data_files.__file__,
+        *(inspect.getsourcefile(c) for c in type(tokenizer).__mro__[:-1]),
+    ]
     parts = {
         "rows": rows._fingerprint,
         "tokenizer": tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer.get_vocab(),
@@ -857,9 +786,9 @@ def padding_id(tokenizer) -> int:
 
 
 def register_chatglm(lora_args):
-    """Make ChatGLM known to the Auto classes. A copy of this script without chatglm/ still runs all other models."""
-    if importlib.util.find_spec("chatglm") and not lora_args.use_checkpoint_code:
-        import chatglm  # noqa: F401
+    """Make ChatGLM known to the Auto classes, unless the checkpoint's own code is asked for."""
+    if not lora_args.use_checkpoint_code:
+        import chatglm  # noqa: F401 - importing registers, and what is registered comes before a checkpoint's code
 
 
 def hub_options(model_args):
@@ -928,7 +857,9 @@ def loaded_model(model_args, lora_args, training_args, config, tokenizer):
         options = {**hub_options(model_args), **quantization_options(lora_args, training_args)}
         name = model_args.model_name_or_path
         model = model_class(config).from_pretrained(name, config=config, dtype=dtype, **options)
-        logger.info(f"Code of the model: {code_revision(model) or 'transformers ' + transformers.__version__}")
+        logger.info(
+            f"Code of the model: {provenance.code_revision(model) or 'transformers ' + transformers.__version__}"
+        )
     else:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
         count = sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())  # shared tensors once
@@ -957,19 +888,10 @@ def quantization_options(lora_args, training_args):
     return options
 
 
-def code_revision(model):
-    """File, hash and commit of the checkpoint code that a model runs on; None for installed code."""
-    if not type(model).__module__.startswith("transformers_modules."):
-        return None
-    source = Path(inspect.getsourcefile(type(model)))
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    return {"file": source.name, "sha256": digest, "commit": getattr(model.config, "_commit_hash", None)}
-
-
 def adapted_model(model, lora_args, training_args):
     """The model inside a new or loaded adapter; the bare model with --no_use_lora, or if there is nothing to train."""
     if lora_args.pre_seq_len:
-        return beside("prefix_tuning").prefix_tuned(model, lora_args)
+        return prefix_tuning.prefix_tuned(model, lora_args)
     if not lora_args.use_lora or not (training_args.do_train or lora_args.adapter_name_or_path):
         return model
     if not model.name_or_path:
@@ -1041,69 +963,23 @@ def checked_modules(model, flag_value, flag) -> list[str] | None:
     return names
 
 
-# --------------------------------------------------------------------------------------------------------- metrics
-
-
-class TokenAccuracy(evaluate.Metric):
-    """Share of equal ids: evaluate's "accuracy", which it would fetch from the hub."""
-
-    def _info(self):
-        ids = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
-        return evaluate.MetricInfo(description="Token accuracy", citation="", features=ids)
-
-    def _compute(self, predictions, references):
-        return {"accuracy": float(np.mean(np.equal(predictions, references)))}
-
-
-def best_tokens(logits, labels):
-    """Token ids [B, S] instead of logits [B, S, V], or [B, T + S, V] after T virtual tokens of a trained prompt."""
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return logits.argmax(dim=-1)[:, -labels.shape[1] :]
-
-
-def masked_accuracy(evaluation):
-    """Accuracy over the positions that have a label; the prediction for a position is made one step before it."""
-    predictions, labels = evaluation.predictions[:, :-1], evaluation.label_ids[:, 1:]
-    kept = labels != IGNORE_INDEX
-    return TokenAccuracy(keep_in_memory=True).compute(predictions=predictions[kept], references=labels[kept])
-
-
-def scoring(collator, training_args):
-    """What Trainer scores an evaluation with, and makes of the logits for that; nothing if none is asked for."""
-    if not training_args.do_eval or is_torch_xla_available():
-        return {}
-    if collator is block_collator:
-        return {"compute_metrics": masked_accuracy, "preprocess_logits_for_metrics": best_tokens}
-    training_args.batch_eval_metrics = True  # summed batch by batch: memory does not grow with the rows
-    flattened = isinstance(collator, batches.FlattenedCollator)
-    scores = partial(batches.row_scores, flattened=flattened)
-    return {"compute_metrics": batches.TokenScores(), "preprocess_logits_for_metrics": scores}
-
-
 # ------------------------------------------------------------------------------------------------------- the stages
 
 
 def safeguards(arguments, data, tokenizer):
-    """What guards a training: checks, whole checkpoints, signals. None for a copy of this script alone."""
+    """What guards a training: checks, whole checkpoints, signals. None where nothing is trained."""
     model_args, lora_args, training_args = arguments
-    guards = beside("safeguards") if training_args.do_train else None
-    return guards and guards.Safeguards(model_args, lora_args, training_args, data["train"], tokenizer)
-
-
-def training_checks():
-    """The checks that stop a hopeless run early; a copy of this script alone does without them."""
-    checks = beside("training_checks")
-    return [checks.TrainingChecks()] if checks else []
+    return Safeguards(*arguments, data["train"], tokenizer) if training_args.do_train else None
 
 
 def trainer_options(model, tokenizer, row_format, chat_args, training_args, guards=None):
     """What Trainer is given beyond run_clm.py's arguments, or in place of them: collator, callbacks and scores."""
     collator = chat_collator(model, tokenizer, chat_args, training_args) if row_format else block_collator
-    callbacks = guards.callbacks if guards else training_checks()
+    callbacks = guards.callbacks if guards else [TrainingChecks()]
     return {
         "data_collator": guards.shielded(collator) if guards else collator,
         "callbacks": [*callbacks, *([throughput.Throughput()] if row_format else [])],
-        **scoring(collator, training_args),
+        **scores.scoring(collator, row_format, training_args),
     }
 
 
@@ -1136,22 +1012,11 @@ def train(trainer, guards, tokenizer, model_args, row_format, limit):
     trainer.save_state()
 
 
-def draw_losses(trainer):
-    """Write training_loss.png; a copy of this script alone, or a machine without matplotlib, does without."""
-    folder = Path(trainer.args.output_dir)
-    loss_plot = beside("loss_plot") if importlib.util.find_spec("matplotlib") else None
-    if loss_plot is None:
-        logger.info("The losses are not drawn: that needs matplotlib, and loss_plot.py beside this script.")
-    elif trainer.is_world_process_zero() and any("loss" in entry for entry in trainer.state.log_history):
-        loss_plot.draw([folder], folder / loss_plot.PICTURE)
-
-
 def record_training(trainer, tokenizer, model_args, row_format):
     """Look at what was saved, and write beside it what it was made from."""
     if trainer.args.should_save:
-        for check in training_checks():
-            check.check_saved(trainer.args.output_dir, trainer.model, trainer.state.global_step)
-        origin = provenance(trainer.model, tokenizer, model_args, row_format)
+        TrainingChecks.check_saved(trainer.args.output_dir, trainer.model, trainer.state.global_step)
+        origin = provenance.record(trainer.model, tokenizer, model_args, row_format)
         record = json.dumps(origin, ensure_ascii=False, indent=2)
         Path(trainer.args.output_dir, "provenance.json").write_text(record + "\n", encoding="utf-8")
 
@@ -1196,29 +1061,11 @@ def complete(metrics) -> dict:
     return metrics
 
 
-def provenance(model, tokenizer, model_args, row_format):
-    """What the result is made from: base, revision, code, prompt format and versions."""
-    model = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    question, prompt = [{"role": "user", "content": "..."}], None
-    if row_format:
-        prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
-    return {
-        "base_model": model_args.model_name_or_path,
-        "revision": model_args.model_revision,
-        "commit": getattr(model.config, "_commit_hash", None),
-        "checkpoint_code": code_revision(model),
-        "prompt_format": prompt,
-        "versions": {library.__name__: library.__version__ for library in (torch, transformers, peft, datasets)},
-    }
-
-
 def answer(trainer, tokenizer, data, chat_args):
     """Answer the rows that were encoded for --do_predict and --predict_with_generate, if there are any."""
     for stage, split in {"eval": "questions", "predict": "test"}.items():
         if isinstance(data, EncodedChats) and split in data:
-            from prediction import predict  # beside this script
-
-            predict(trainer, tokenizer, data[split], chat_args, padding_id(tokenizer), stage)
+            prediction.predict(trainer, tokenizer, data[split], chat_args, padding_id(tokenizer), stage)
 
 
 def publish(trainer, model_args, data_args):
@@ -1237,16 +1084,14 @@ def publish(trainer, model_args, data_args):
 
 def main():
     model_args, data_args, chat_args, lora_args, training_args = parsed_arguments()
-    set_up_logging(training_args)
-    if launching := beside("launching"):
-        launching.check_launch(training_args)
+    screen.set_up_logging(training_args)
+    launching.check_launch(training_args)
     set_seed(training_args.seed)
 
     raw, row_format = raw_datasets(model_args, data_args, chat_args, training_args)
     register_chatglm(lora_args)
     config = loaded_config(model_args)
-    if prefix_tuning := beside("prefix_tuning"):
-        config = prefix_tuning.with_prefix(config, lora_args)
+    config = prefix_tuning.with_prefix(config, lora_args)
     tokenizer = with_chat_template(loaded_tokenizer(model_args), chat_args)
     # The data are encoded before the weights are loaded: a mistake in them shows within seconds.
     data = chats_as_ids(raw, row_format, tokenizer, config, chat_args, data_args, training_args)
@@ -1265,10 +1110,9 @@ def main():
         evaluate_loss(trainer, data_args.max_eval_samples)
     answer(trainer, tokenizer, data, chat_args)
     if training_args.do_train and lora_args.plot_loss:
-        draw_losses(trainer)
+        loss_plot.draw_losses(trainer)
     publish(trainer, model_args, data_args)
-    if launching:
-        launching.end_processes()
+    launching.end_processes()
 
 
 def _mp_fn(index):

@@ -27,9 +27,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import batches  # noqa: E402
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration  # noqa: E402
-from throughput import peak_memory  # noqa: E402
+from finetuning import batches  # noqa: E402
+from finetuning.throughput import peak_memory  # noqa: E402
 
 
 WAYS = ("static", "dynamic", "ours")

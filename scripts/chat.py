@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import transformers
+from opening import opened
 
-from adapters import opened, stop_ids
 from chatglm.chat import generated_ids
+from finetuning.adapters import stop_ids
 from run_chatglm_lora import padding_id
 
 

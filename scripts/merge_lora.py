@@ -33,16 +33,17 @@ import peft
 import torch
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
+from opening import opened, opened_base, tokenizer_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from adapters import adapter_config, base_of, local_folder, opened, opened_base, stop_ids, tokenizer_of
 from chatglm import ChatGLMConfig
 from chatglm.configuration_chatglm import SECOND_GENERATION
 from chatglm.modeling_chatglm import ChatGLMRotaryEmbedding
 from chatglm.native import native_config, native_tensors, native_tokenizer
 from chatglm.quantization import dequantized_weight
+from finetuning.adapters import adapter_config, base_of, local_folder, stop_ids
 from run_chatglm_lora import ModelArguments, loaded_config, loaded_tokenizer, padding_id
 
 

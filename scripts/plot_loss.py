@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from loss_plot import PICTURE, draw
+from finetuning.loss_plot import PICTURE, draw
 
 
 def main():

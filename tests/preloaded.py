@@ -2,4 +2,4 @@
 
 import chatglm  # noqa: F401
 import run_chatglm_lora  # noqa: F401
-import safeguards  # noqa: F401
+from finetuning import safeguards  # noqa: F401

@@ -90,7 +90,7 @@ def kill_while_writing(name, nth):
 
 def signal_at_step(number, step):
     """Send the own process a signal in the middle of a step."""
-    import safeguards
+    from finetuning import safeguards
 
     begin = safeguards.StopOnSignal.on_step_begin
 
@@ -132,7 +132,7 @@ def take_rank(rank, count, port, before):
 
 def spoil_loss_of_rank_1():
     """Give the second process a loss that is not a number in step 3."""
-    import training_checks
+    from finetuning import training_checks
 
     note = training_checks.TrainingChecks.note_loss
 

@@ -8,8 +8,8 @@ from tiny import CHAT_FLAGS, CHATS, results, write_jsonl
 from transformers import AutoTokenizer
 
 import chatglm  # noqa: F401
-import prediction
-from prediction import answer_scores
+from finetuning import prediction
+from finetuning.prediction import answer_scores
 from run_chatglm_lora import ChatArguments, encoded_chats
 
 
@@ -77,7 +77,7 @@ def test_answers_of_the_validation_rows_are_scored_with_the_evaluation(run, chat
 @pytest.mark.parametrize("name", ["chatglm1", "chatglm2", "chatglm3", "glm4_checkpoint", "llama"])
 def test_one_prompt_for_training_evaluation_and_prediction(name, request, tmp_path):
     """The last answer's example begins with the very prompt that is answered, in every generation's format."""
-    import chat_rows
+    from finetuning import chat_rows
     from run_chatglm_lora import DataTrainingArguments, TrainingArguments
 
     rows = [{"messages": [

@@ -8,7 +8,8 @@ from tiny import CHAT_FLAGS, losses, results, write_jsonl
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import chatglm  # noqa: F401
-from batches import ROWWISE, FlattenedCollator, PaddedCollator, TokenScores, chat_collator, packed, row_scores
+from finetuning.batches import ROWWISE, FlattenedCollator, PaddedCollator, chat_collator, packed
+from finetuning.scores import TokenScores, row_scores
 from run_chatglm_lora import ChatArguments
 
 

@@ -10,8 +10,8 @@ from tiny import CHAT_FLAGS, CHATS, results, write_jsonl
 from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
 import chatglm  # noqa: F401
-from batches import PaddedCollator
-from chat_rows import RowFormat, conversation
+from finetuning.batches import PaddedCollator
+from finetuning.chat_rows import RowFormat, conversation
 from run_chatglm_lora import (
     IGNORE_INDEX,
     ChatArguments,

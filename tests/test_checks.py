@@ -11,7 +11,14 @@ from tiny import CHAT_FLAGS
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import chatglm  # noqa: F401
-from training_checks import TrainingChecks, batch_texts, check_finite, check_generation, check_gradients, marked_text
+from finetuning.training_checks import (
+    TrainingChecks,
+    batch_texts,
+    check_finite,
+    check_generation,
+    check_gradients,
+    marked_text,
+)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from goldens_io import GOLDENS, recorded_texts
 from tiny import CHAT_FLAGS, CHATML, results, write_jsonl
 from transformers import AutoTokenizer
 
-from chat_rows import RowFormat, as_template_takes_them, conversation
 from chatglm import ChatGLM6BTokenizer, ChatGLMTokenizer
+from finetuning.chat_rows import RowFormat, as_template_takes_them, conversation
 from run_chatglm_lora import (
     IGNORE_INDEX,
     ChatArguments,

@@ -11,8 +11,8 @@ import pytest
 from processes import finished, forked_run, kill_while_writing, limit_file_size, signal_at_step
 from tiny import CHAT_FLAGS, COMMON, flat, losses
 
-import whole_checkpoints
-from safeguards import STOPPED_EARLY
+from finetuning import checkpoints
+from finetuning.safeguards import STOPPED_EARLY
 
 
 KILLS = int(os.environ.get("KILLS", 20))  # more: KILLS=500 pytest tests/test_faults.py -k random
@@ -83,8 +83,8 @@ def test_kills_at_random_moments_do_not_change_the_adapter(words, undisturbed, t
                 process.kill()
                 process.join()
                 killed += 1
-                folders = whole_checkpoints.checkpoints(folder)
-                mid_save += any(whole_checkpoints.damage(checkpoint) for checkpoint in folders)
+                folders = checkpoints.checkpoints(folder)
+                mid_save += any(checkpoints.damage(checkpoint) for checkpoint in folders)
         assert adapter_bytes(folder) == adapter_bytes(tmp_path / "whole")
     print(f"{killed} kills, {mid_save} of them left a half-written checkpoint, {runs} runs ended well")
 
@@ -110,7 +110,7 @@ def test_kill_while_an_old_checkpoint_is_deleted_leaves_the_newest(run_to_end, u
     assert code == 0 and f"{folder / 'checkpoint-2'} has no complete.json" in log
     assert adapter_bytes(folder) == undisturbed[0]
     # What the kill left half deleted is for the user to remove.
-    assert [path.name for path in whole_checkpoints.checkpoints(folder)] == ["checkpoint-2", "checkpoint-12"]
+    assert [path.name for path in checkpoints.checkpoints(folder)] == ["checkpoint-2", "checkpoint-12"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -118,7 +118,7 @@ def test_signal_saves_a_checkpoint_and_exits_with_its_own_code(run_to_end, undis
     code, log, folder = run_to_end(before=partial(signal_at_step, number, 5))
     assert code == STOPPED_EARLY
     assert "Stopped early, by a signal, after step 5 of 12" in log and not (folder / "train_results.json").exists()
-    assert whole_checkpoints.whole_checkpoints(folder)[-1].name == "checkpoint-5"
+    assert checkpoints.whole_checkpoints(folder)[-1].name == "checkpoint-5"
     code, log, _ = run_to_end()
     assert code == 0, log
     assert adapter_bytes(folder) == undisturbed[0] and losses(folder) == undisturbed[1]

@@ -15,8 +15,14 @@ from tiny import CHAT_FLAGS, COMMON, ROOT, flat, losses
 from transformers import AutoModelForCausalLM
 
 import chatglm  # noqa: F401
-from launching import check_deepspeed, check_extension_locks, check_processes, check_strategy, prepared_words
-from safeguards import STOPPED_EARLY
+from finetuning.launching import (
+    check_deepspeed,
+    check_extension_locks,
+    check_processes,
+    check_strategy,
+    prepared_words,
+)
+from finetuning.safeguards import STOPPED_EARLY
 
 
 STAGES = {

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import CHAT_FLAGS, CHATML, CHATS, losses, write_jsonl
 
-import run_chatglm_lora
-from whole_checkpoints import MANIFEST
+from finetuning.checkpoints import MANIFEST
 
 
 @pytest.fixture
@@ -186,9 +185,3 @@ def test_best_and_newest_checkpoints_survive_the_limit(run, flags, chats):
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-8"]
     folder = run(flags, evaluation, best, "--max_steps", 4, "--save_steps", 2, "--save_total_limit", 1, output="one")
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
-
-
-def test_script_alone_resumes_as_trainer_does(run, flags, stopped, monkeypatch):
-    monkeypatch.setattr(run_chatglm_lora, "beside", lambda name: None)
-    resumed = run(flags, "--max_steps", 6, "--resume_from_checkpoint", stopped / "checkpoint-4", output="resumed")
-    assert losses(resumed) == losses(stopped)

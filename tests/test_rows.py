@@ -8,8 +8,9 @@ from datasets import Dataset
 from tiny import results, write_jsonl
 
 import run_chatglm_lora
-from chat_rows import BadRow, RowFormat, columns_of_rows, conversation, format_of, read_rows
-from run_chatglm_lora import ChatArguments, listed_files
+from finetuning.chat_rows import BadRow, RowFormat, columns_of_rows, conversation, format_of
+from finetuning.data_files import listed_files, read_rows
+from run_chatglm_lora import ChatArguments
 
 
 ARGS = ChatArguments()
@@ -287,9 +288,3 @@ def test_first_columns_decide_between_text_and_conversations(run, chatglm3, chat
     assert "Data format: RowFormat(kind='prompt_response', prompt='prompt'" in caplog.text
     run(flags, "--data_format", "text", "--block_size", 16, output="text")
     assert "Data format: text (--data_format text)" in caplog.text
-
-
-def test_script_without_its_siblings_says_what_conversations_need(monkeypatch):
-    monkeypatch.setattr(run_chatglm_lora, "chat_rows", None)
-    with pytest.raises(ValueError, match="Conversations need chat_rows.py and batches.py"):
-        ChatArguments(prompt_column="prompt")

@@ -1,10 +1,14 @@
 """Curves of training runs as a picture: losses, learning rate and, where it was logged, tokens per second."""
 
+import importlib.util
 import json
+import logging
 import math
 import os
 from pathlib import Path
 
+
+logger = logging.getLogger("run_chatglm_lora.loss_plot")
 
 PANELS = {  # one under the other; the keys are those of trainer_state.json
     "loss": {"loss": "training", "eval_loss": "evaluation"},
@@ -71,3 +75,12 @@ def draw(folders: list[str | os.PathLike], path: str | os.PathLike):
     if len(logs) == 1:
         figure.suptitle(*names.values())
     figure.savefig(path, dpi=110, format="png")
+
+
+def draw_losses(trainer):
+    """Write training_loss.png into the output folder; a machine without matplotlib does without, and says so."""
+    folder = Path(trainer.args.output_dir)
+    if not importlib.util.find_spec("matplotlib"):
+        logger.info("The losses are not drawn: that needs matplotlib.")
+    elif trainer.is_world_process_zero() and any("loss" in entry for entry in trainer.state.log_history):
+        draw([folder], folder / PICTURE)

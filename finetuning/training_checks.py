@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from launching import on_any_process
-from prediction import generated_ids
+from .batches import IGNORE_INDEX
+from .launching import on_any_process
+from .prediction import generated_ids
 
 
 logger = logging.getLogger("run_chatglm_lora.checks")
 
-IGNORE_INDEX = -100
 EXCERPT_TOKENS = 40  # of each row of a batch whose loss is not finite
 EXAMPLE_TOKENS = 1000  # of the first example, more are not logged
 

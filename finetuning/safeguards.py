@@ -18,9 +18,9 @@ from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from launching import end_processes, on_any_process
-from training_checks import HopelessRun, TrainingChecks
-from whole_checkpoints import WholeCheckpoints, checkpoints, resume_point, run_settings
+from .checkpoints import WholeCheckpoints, checkpoints, resume_point, run_settings
+from .launching import end_processes, on_any_process
+from .training_checks import HopelessRun, TrainingChecks
 
 
 logger = logging.getLogger("run_chatglm_lora.safeguards")

@@ -7,8 +7,7 @@ import time
 import torch
 from transformers import TrainerCallback
 
-
-IGNORE_INDEX = -100
+from .batches import IGNORE_INDEX
 
 
 class Throughput(TrainerCallback):

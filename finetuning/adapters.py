@@ -1,17 +1,12 @@
-"""Folders that a training wrote: which base an adapter belongs to, and the model and tokenizer of both together."""
+"""Folders that a training wrote: what is in them, and which base an adapter belongs to."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import peft
-import torch
 from huggingface_hub import snapshot_download
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
-
-import chatglm  # noqa: F401  makes ChatGLM known
-from run_chatglm_lora import ModelArguments, hub_options, loaded_config, loaded_tokenizer, model_class
 
 
 TEXT_FILES = ["*.json", "*.jinja", "*.py", "*.model", "*.txt", "*LICENSE*"]
@@ -70,54 +65,7 @@ def base_of(adapter: Path, override: str | None) -> tuple[str, str]:
     return name, config.revision or noted.get("commit") or noted.get("revision") or "main"
 
 
-def tokenizer_of(folder: Path, base: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer that an adapter was trained with: saved beside it, or else the base's."""
-    own = (folder / "tokenizer_config.json").is_file()
-    return loaded_tokenizer(ModelArguments(str(folder)) if own else base)
-
-
 def stop_ids(tokenizer: PreTrainedTokenizerBase, end: int | list[int] | None) -> list[int]:
     """Ids that end an answer: the model's own, `end`, and the tokenizer's."""
     ids = [*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id]
     return sorted({*ids, *getattr(tokenizer, "stop_token_ids", [])} - {None})
-
-
-def opened_base(
-    arguments: ModelArguments, dtype: str | None = None, device: str = "cpu", bits: int | None = None
-) -> torch.nn.Module:
-    """A model without adapter; `dtype` is a name of torch's (None: as stored), `bits` 4 or 8 quantises it."""
-    config = loaded_config(arguments)
-    options = {"dtype": getattr(torch, dtype) if dtype else "auto", "device_map": {"": device}}
-    if bits:
-        if not importlib.util.find_spec("bitsandbytes"):
-            raise ValueError(f"--load_in_{bits}bit needs bitsandbytes: pip install bitsandbytes")
-        quantization = {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8, "bnb_4bit_quant_type": "nf4"}
-        options["quantization_config"] = BitsAndBytesConfig(**quantization, bnb_4bit_compute_dtype=torch.bfloat16)
-    name = arguments.model_name_or_path
-    return model_class(config).from_pretrained(name, config=config, **options, **hub_options(arguments)).eval()
-
-
-def opened(
-    name: str, base_model: str | None = None, trust_remote_code: bool = False, **loading
-) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    """Model, ready for inference, and tokenizer of a model folder, an adapter folder or a hub name of either.
-
-    The base of an adapter is `base_model`, or the one that it was trained on; `loading` goes to `opened_base`. Raises
-    ValueError or OSError where something is missing or does not fit.
-    """
-    folder = adapter_folder(name)
-    if folder is None and base_model:
-        raise ValueError(f"{name} is no adapter (it has no adapter_config.json): --base_model is for adapters.")
-    base, revision = base_of(folder, base_model) if folder else (name, "main")
-    arguments = ModelArguments(base, model_revision=revision, trust_remote_code=trust_remote_code)
-    model = opened_base(arguments, **loading)
-    tokenizer = tokenizer_of(folder, arguments) if folder else loaded_tokenizer(arguments)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))  # as in training
-    if folder:
-        try:
-            model = peft.PeftModel.from_pretrained(model, str(folder))
-        except RuntimeError as error:  # load_state_dict's: sizes
-            line = next((line for line in str(error).splitlines() if "size mismatch" in line), str(error))
-            raise ValueError(f"The adapter {name} was trained on another model than {base}: {line.strip()}") from error
-    return model.eval(), tokenizer

@@ -1,4 +1,4 @@
-"""Batches of encoded conversations: padded, or laid end to end; and scores over their trained tokens.
+"""Batches of encoded conversations: padded, or laid end to end.
 
 Shapes: B rows, S positions (of a padded row, or of all rows end to end), N positions whose logits are computed.
 """
@@ -12,13 +12,12 @@ from itertools import pairwise
 import torch
 from datasets import IterableDataset
 from peft import PeftModel
-from torch.nn.functional import log_softmax
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 
-IGNORE_INDEX = -100
+IGNORE_INDEX = -100  # the label that torch's cross entropy leaves out
 ROWWISE = "sdpa_rowwise"
 
 
@@ -185,43 +184,3 @@ def rowwise_mask(*args, attention_mask=None, **kwargs):
 
 AttentionInterface.register(ROWWISE, rowwise_attention)
 AttentionMaskInterface.register(ROWWISE, rowwise_mask)
-
-
-# ---------------------------------------------------------------------------------------------------------- scores
-
-
-def row_scores(logits, labels, flattened):
-    """[B, 3]: right tokens, trained tokens and their summed loss in each row. Labels are one position ahead of logits.
-
-    It stands between the model and Trainer, so that no logits [B, N, V] are kept.
-    """
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    logits = logits[:, -labels.shape[1] :]  # without the virtual tokens of a trained prompt
-    targets = labels[:, 1:]
-    trained = targets != IGNORE_INDEX
-    count, rows = len(labels), torch.arange(len(labels), device=labels.device)[:, None].expand_as(targets)
-    if flattened:  # a row begins at a -100 before a label; others fill up to the length of other processes
-        begins = (labels[:, :-1] == IGNORE_INDEX) & trained
-        count, rows = int(begins.sum()), begins.cumsum(dim=1) - 1
-    scored, targets, rows = logits[:, :-1][trained], targets[trained], rows[trained]  # [N, V], [N], [N]
-    losses = -log_softmax(scored.float(), dim=-1).gather(1, targets[:, None])[:, 0]
-    columns = torch.stack([(scored.argmax(dim=-1) == targets).float(), torch.ones_like(losses), losses], dim=1)
-    return columns.new_zeros(count, 3).index_add_(0, rows, columns)
-
-
-class TokenScores:
-    """Accuracy and loss over all trained tokens of an evaluation, however they lie in batches and processes.
-
-    Called by Trainer for each batch (--batch_eval_metrics), so that memory does not grow with the rows.
-    """
-
-    def __init__(self):
-        self.sums = torch.zeros(3, dtype=torch.float64)
-
-    def __call__(self, evaluation, compute_result):
-        self.sums += torch.as_tensor(evaluation.predictions).double().sum(dim=0).cpu()
-        if not compute_result:
-            return {}
-        right, trained, loss = self.sums.tolist()
-        self.__init__()
-        return {"accuracy": right / trained, "token_loss": loss / trained}

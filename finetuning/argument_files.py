@@ -1,0 +1,27 @@
+"""Arguments from one .json or .yaml file in place of flags."""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import yaml
+
+
+def file_arguments(path, classes):
+    """The flat mapping in a JSON or YAML file, with no_x: true for x: false as on the command line.
+
+    YAML 1.1 reads 2e-4 as a string and no as false; where a flag is a number or a strategy, what was meant is taken.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    flags = {f.name: f for cls in classes for f in fields(cls)}
+    for name, value in list(values.items()):
+        kind = str(flags[name].type) if name in flags else ""
+        if "float" in kind and re.fullmatch(r"-?\d+[eE]-?\d+", str(value)):
+            values[name] = float(value)
+        elif "Strategy" in kind and value is False:
+            values[name] = "no"
+        elif name.startswith("no_") and name[3:] in flags and flags[name[3:]].default is True:
+            values[name[3:]] = not values.pop(name)
+    return values

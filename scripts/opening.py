@@ -1,0 +1,63 @@
+"""Model and tokenizer of a folder or hub name, be it of a model or of an adapter with its base."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import peft
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+
+import chatglm  # noqa: F401 - makes ChatGLM known
+from finetuning.adapters import adapter_folder, base_of
+from run_chatglm_lora import ModelArguments, hub_options, loaded_config, loaded_tokenizer, model_class
+
+
+def tokenizer_of(folder: Path, base: ModelArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer that an adapter was trained with: saved beside it, or else the base's."""
+    own = (folder / "tokenizer_config.json").is_file()
+    return loaded_tokenizer(ModelArguments(str(folder)) if own else base)
+
+
+def opened_base(
+    arguments: ModelArguments, dtype: str | None = None, device: str = "cpu", bits: int | None = None
+) -> torch.nn.Module:
+    """A model without adapter; `dtype` is a name of torch's (None: as stored), `bits` 4 or 8 quantises it."""
+    config = loaded_config(arguments)
+    options = {"dtype": getattr(torch, dtype) if dtype else "auto", "device_map": {"": device}}
+    if bits:
+        if not importlib.util.find_spec("bitsandbytes"):
+            raise ValueError(f"--load_in_{bits}bit needs bitsandbytes: pip install bitsandbytes")
+        quantization = {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8, "bnb_4bit_quant_type": "nf4"}
+        options["quantization_config"] = BitsAndBytesConfig(**quantization, bnb_4bit_compute_dtype=torch.bfloat16)
+    name = arguments.model_name_or_path
+    return model_class(config).from_pretrained(name, config=config, **options, **hub_options(arguments)).eval()
+
+
+def opened(
+    name: str, base_model: str | None = None, trust_remote_code: bool = False, **loading
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """Model, ready for inference, and tokenizer of a model folder, an adapter folder or a hub name of either.
+
+    The base of an adapter is `base_model`, or the one that it was trained on; `loading` goes to `opened_base`. Raises
+    ValueError or OSError where something is missing or does not fit.
+    """
+    folder = adapter_folder(name)
+    if folder is None and base_model:
+        raise ValueError(f"{name} is no adapter (it has no adapter_config.json): --base_model is for adapters.")
+    base, revision = base_of(folder, base_model) if folder else (name, "main")
+    arguments = ModelArguments(base, model_revision=revision, trust_remote_code=trust_remote_code)
+    model = opened_base(arguments, **loading)
+    tokenizer = tokenizer_of(folder, arguments) if folder else loaded_tokenizer(arguments)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))  # as in training
+    if folder:
+        try:
+            model = peft.PeftModel.from_pretrained(model, str(folder))
+        except RuntimeError as error:  # load_state_dict's: sizes
+            line = next((line for line in str(error).splitlines() if "size mismatch" in line), str(error))
+            raise ValueError(f"The adapter {name} was trained on another model than {base}: {line.strip()}") from error
+    return model.eval(), tokenizer
