@@ -244,7 +244,7 @@ def graft_adapter(script, folder):
 def graft_metric(script, folder):
     """Accuracy without a visit to the hub."""
     place = script.find(script.main, assigned("metric", called("evaluate.load")), "metric = evaluate.load()")
-    script.replace(place.value, "lora.TokenAccuracy(keep_in_memory=True)")
+    script.replace(place.value, "lora.scores.TokenAccuracy(keep_in_memory=True)")
     return place
 
 

@@ -107,13 +107,13 @@ STAGES = [
     Stage(
         "trainer",
         "trainer Trainer",
-        "make_trainer trainer_options training_checks chat_collator padding_id block_collator",
+        "make_trainer trainer_options chat_collator padding_id block_collator",
         "Trainer",
     ),
     Stage(
         "training",
         "checkpoint train_result trainer.train",
-        "train record_training with_sample_counts sample_count provenance",
+        "train record_training with_sample_counts sample_count record",
         "Training",
     ),
     Stage("evaluation", "trainer.evaluate", "evaluate_loss complete", "Evaluation"),
@@ -167,6 +167,8 @@ ERRORS = {
     "tokenizer: model_name_or_path": ("loaded_tokenizer", ""),
     "encoding: tokenized_datasets": ("check_splits", "Data"),
 }
+# The modules of finetuning/ in which functions of the table lie.
+ROOMS = {"argument_files", "data_files", "provenance", "scores", "screen"}
 # Calls that are compared: of these libraries, and of the objects that upstream makes with them.
 LIBRARIES = ("transformers", "datasets", "evaluate", "peft")
 OBJECTS = ["parser", "training_args", "config", "tokenizer", "model", "metric", "trainer"]
@@ -192,7 +194,15 @@ def parsed(path) -> ast.Module:
         raise NotRunClm(f"{path} is grafted already: take the run_clm.py that it was made from.")
     if needed:
         raise NotRunClm(f"{path} is no run_clm.py: it has no {', '.join(sorted(needed))}.")
+    tree.body += definitions(Path(path).parent / "finetuning") if ROOMS & words else []
     return tree
+
+
+def definitions(folder) -> list[ast.stmt]:
+    """Imports, functions and classes of the modules in a folder: where our stages lie that are not in the script."""
+    kinds = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef
+    trees = [ast.parse(path.read_bytes()) for path in sorted(folder.glob("*.py")) if path.stem in ROOMS]
+    return [node for tree in trees for node in tree.body if isinstance(node, kinds)]
 
 
 def dotted(node) -> str:
@@ -204,6 +214,11 @@ def dotted(node) -> str:
     if isinstance(node, ast.Attribute) and (owner := dotted(node.value)):
         return f"{owner}.{node.attr}"
     return ""
+
+
+def last_name(node) -> str:
+    """c of a.b.c."""
+    return dotted(node).rpartition(".")[2]
 
 
 def own_text(node) -> str:
@@ -299,8 +314,9 @@ class Keywords:
             made = [(each, place) for each in self.dicts[function.name, value.id]] + self.given(function, value.id)
             found = set().union(*(self.keys(each, where, seen) for each, where in made))
             return found | (self.passed(function) if getattr(function.args.kwarg, "arg", "") == value.id else set())
-        if isinstance(value, ast.Call) and dotted(value.func) in self.functions:
-            returns = [each for each in ast.walk(self.functions[dotted(value.func)]) if isinstance(each, ast.Return)]
+        name = last_name(value.func) if isinstance(value, ast.Call) else ""
+        if name in self.functions:
+            returns = [each for each in ast.walk(self.functions[name]) if isinstance(each, ast.Return)]
             return set().union(*(self.keys(each.value, each, seen) for each in returns))
         return set()
 
@@ -441,7 +457,9 @@ def stage_order(tree) -> list[str]:
     main = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
     names = [dotted(call.func) for call in sorted(calls_in(main), key=lambda call: call.lineno)]
     in_main = (
-        [STAGE_OF_FUNCTION.get(name, STAGE_OF_MARK.get(name)) for name in names] if "raw_datasets" in names else []
+        [STAGE_OF_FUNCTION.get(name.rpartition(".")[2], STAGE_OF_MARK.get(name)) for name in names]
+        if "raw_datasets" in names
+        else []
     )
     in_main = in_main or [stage for stage, statement, _ in staged(tree) if statement.lineno > main.lineno]
     return [stage for stage in dict.fromkeys(in_main) if stage in marked]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from itertools import chain
 import datasets
 import pytest
 from datasets import load_dataset
+from processes import SEARCHED
 from safetensors.torch import load_file
 from tiny import COMMON, LINES, ROOT, losses, results
 from transformers import (
@@ -71,11 +73,32 @@ def test_run_writes_the_files_that_run_clm_writes(run, flags):
     assert set(expected.split()) <= {path.name for path in folder.iterdir()}
 
 
-def test_script_copied_alone_trains_what_transformers_has(tmp_path, flags):
+@pytest.fixture
+def copied(tmp_path, flags):
+    """Runs a copy of the script in a folder of its own, with what is installed at a place."""
     shutil.copy(ROOT / "run_chatglm_lora.py", tmp_path)
-    words = map(str, [*flags, "--do_train", "--max_steps", 1, "--output_dir", tmp_path / "out", *COMMON.split()])
-    subprocess.run([sys.executable, "run_chatglm_lora.py", *words], cwd=tmp_path, check=True, capture_output=True)
+
+    def run_copy(installed):
+        words = map(str, [*flags, "--do_train", "--max_steps", 1, "--output_dir", tmp_path / "out", *COMMON.split()])
+        command = [sys.executable, "run_chatglm_lora.py", *words]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), *SEARCHED])}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    return run_copy
+
+
+def test_copy_of_the_script_trains_where_the_package_is_installed(copied, tmp_path):
+    for package in ("chatglm", "finetuning"):
+        shutil.copytree(ROOT / package, tmp_path / "site" / package)
+    assert copied(tmp_path / "site").returncode == 0
     assert (tmp_path / "out/model.safetensors").is_file()
+
+
+def test_copy_of_the_script_without_the_package_says_so_in_one_sentence(copied, tmp_path):
+    ended = copied(tmp_path / "nothing")
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert "run_chatglm_lora.py needs its package `finetuning`: run it where it lies, or pip install" in ended.stderr
+    assert ended.stderr.count("\n") == 1
 
 
 def test_resumed_run_ends_with_the_same_weights_and_losses(run, flags):

@@ -118,7 +118,7 @@ def test_words_and_layout_are_no_change_between_versions(diff):
 
 
 def test_every_function_that_the_table_of_stages_names_is_there():
-    tree = ast.parse((ROOT / "run_chatglm_lora.py").read_text())
+    tree = upstream_facts.parsed(ROOT / "run_chatglm_lora.py")
     defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     assert set(upstream_facts.STAGE_OF_FUNCTION) - defined == {"split_streaming_dataset"}
     assert {function for function, _ in upstream_facts.ERRORS.values()} - defined == {""}
