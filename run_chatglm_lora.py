@@ -4,11 +4,12 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #     "torch>=2.6",
-#     "transformers>=5.17,<6",
-#     "peft>=0.19.1",
-#     "datasets>=4.0",
+#     "transformers>=5.17,<5.25",
+#     "peft>=0.19.1,<0.22",
+#     "datasets>=4.0,<5.3",
 #     "evaluate>=0.4.6",
-#     "accelerate>=1.11",
+#     "accelerate>=1.11,<1.16",
+#     "filelock>=3.16",
 #     "sentencepiece>=0.2",
 #     "protobuf>=4.25",
 # ]
@@ -90,7 +91,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"{__file__} needs its package `finetuning`: run it where it lies, or pip install the project's folder.")
 
 require_version("transformers>=5.17", "To fix: pip install -r requirements.txt")
-require_version("datasets>=4.0", "To fix: pip install -r requirements.txt")
+require_version("datasets>=4.0,<5.3", "To fix: pip install -r requirements.txt")
 
 logger = logging.getLogger("run_chatglm_lora")
 
