@@ -91,7 +91,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"{__file__} needs its package `finetuning`: run it where it lies, or pip install the project's folder.")
 
 require_version("transformers>=5.17", "To fix: pip install -r requirements.txt")
-require_version("datasets>=4.0,<5.3", "To fix: pip install -r requirements.txt")
+require_version("datasets>=4.0", "To fix: pip install -r requirements.txt")
 
 logger = logging.getLogger("run_chatglm_lora")
 
