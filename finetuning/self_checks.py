@@ -152,6 +152,16 @@ def check_answers(model, prompts, pad_token_id):
         Probe(model, pad_token_id, rounding_unit(model)).answers(prompts)
 
 
+def check_cached(moved, bound, name):
+    """Raise SelfCheckFailed if a cache moves the logits of answers by more than a bound, both relative."""
+    if not moved <= bound:
+        raise SelfCheckFailed(
+            f"{name}: answers with a cache are not those without (their logits are off by {moved:.1%}, rounding is "
+            f"{bound:.2%}), so that none is given. This is transformers {transformers.__version__}; tested are "
+            f"{TESTED_TRANSFORMERS}."
+        )
+
+
 @dataclass
 class Probe:
     """A model in evaluation mode; `unit` is the relative rounding error of one of its numbers."""
@@ -169,7 +179,7 @@ class Probe:
         return base_of(extract_model_from_parallel(self.model))
 
     def bound(self, eps=ROUNDING) -> float:
-        return max(LEAST, eps * self.unit)
+        return rounding_bound(self.unit, eps)
 
     def forward(self, batch):
         device = next(self.model.parameters()).device
@@ -280,12 +290,7 @@ class Probe:
             row = {"input_ids": [*prompt, *sequence[ids.shape[1] :]]}
             row["labels"] = [IGNORE_INDEX] * len(prompt) + row["input_ids"][len(prompt) :]
             moved = max(moved, difference(logits, self.padded([row], multiple_of=1), [row]))
-        if not moved <= self.bound():
-            raise SelfCheckFailed(
-                f"{self.name}: answers with a cache are not those without (their logits are off by {moved:.1%}, "
-                f"rounding is {self.bound():.1%}), so that none is given. This is transformers "
-                f"{transformers.__version__}; tested are {TESTED_TRANSFORMERS}."
-            )
+        check_cached(moved, self.bound(), self.name)
         return moved
 
 
@@ -328,12 +333,21 @@ def rounding_unit(model, autocast=()) -> float:
     return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
-def difference(logits, expected, rows) -> float:
-    """How far the logits [T, V] of the worst row are from what is expected, relative to their spread."""
-    ends = torch.tensor([0, *(label_count(row) for row in rows)]).cumsum(0).tolist()
+def rounding_bound(unit, eps=ROUNDING) -> float:
+    return max(LEAST, eps * unit)
+
+
+def relative_difference(logits, expected) -> float:
+    """How far logits [T, V] are from what is expected, relative to their spread over the vocabulary."""
     spread = expected - expected.mean(dim=-1, keepdim=True)
-    parts = [slice(start, end) for start, end in pairwise(ends) if end > start]
-    return max(((logits - expected)[part].norm() / spread[part].norm()).item() for part in parts)
+    return ((logits - expected).norm() / spread.norm()).item()
+
+
+def difference(logits, expected, rows) -> float:
+    """The relative difference of the logits [T, V] of the worst row."""
+    counts = [label_count(row) for row in rows]
+    parts = zip(logits.split(counts), expected.split(counts), strict=True)
+    return max(relative_difference(*part) for part in parts)
 
 
 def loss_of(logits, rows) -> float:

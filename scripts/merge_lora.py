@@ -44,6 +44,7 @@ from chatglm.modeling_chatglm import ChatGLMRotaryEmbedding
 from chatglm.native import native_config, native_tensors, native_tokenizer
 from chatglm.quantization import dequantized_weight
 from finetuning.adapters import adapter_config, base_of, local_folder, stop_ids
+from finetuning.self_checks import SelfCheckFailed, check_cached, relative_difference, rounding_bound
 from run_chatglm_lora import ModelArguments, loaded_config, loaded_tokenizer, padding_id
 
 
@@ -75,8 +76,15 @@ if tokenizer.chat_template:
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map={"": device})
 with torch.no_grad():
-    logits = model(torch.tensor([ids], device=device)).logits[0].float().cpu()
-save_file({"ids": torch.tensor(ids), "logits": logits}, out)
+    given = torch.tensor([ids], device=device)
+    logits = model(given).logits[0].float().cpu()
+    answer = model.generate(
+        given, attention_mask=torch.ones_like(given), max_new_tokens=8, min_new_tokens=8, do_sample=False, num_beams=1,
+        use_cache=True, output_logits=True, return_dict_in_generate=True,
+    )
+    cached = torch.cat(answer.logits).float().cpu()
+    whole = model(answer.sequences, use_cache=False).logits[0, len(ids) - 1 : -1].float().cpu().contiguous()
+save_file({"ids": torch.tensor(ids), "logits": logits, "cached": cached, "whole": whole}, out)
 """
 
 
@@ -441,6 +449,8 @@ def compared(merge: Merge, folder: Path) -> float:
             f"the logits of the result differ from those of base and adapter by {error:.2%} (largest difference "
             f"{difference.abs().max():.3g}), more than rounding explains."
         )
+    moved = relative_difference(found["cached"], found["whole"])
+    check_cached(moved, rounding_bound(torch.finfo(dtype).eps), "The result")
     return float(difference.abs().max())
 
 
@@ -529,7 +539,7 @@ def main():
                 print("Comparing the logits with those of base and adapter ...", flush=True)
                 difference = compared(merge, folder)
                 print(f"The same model: largest difference of a logit {difference:.2g}.")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SelfCheckFailed) as error:
         sys.exit(f"Nothing was written: {error}")
     print(f"Wrote {arguments.out}")
 
