@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, TrainingArguments
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from chatglm import ChatGLMConfig
@@ -50,11 +50,11 @@ SIZES = {  # size: the names that it has
     8: "sliding_window mamba_n_heads mamba_num_heads",
     VOCABULARY: "vocab_size",
     0: "pad_token_id",
-    1: "bos_token_id",
+    1: "bos_token_id n_group topk_group moe_num_groups",
 }
 SIZES = {name: size for size, names in SIZES.items() for name in names.split()}
 OWN_SIZES = {  # where the names above do not fit together
-    "dots1": {"num_key_value_heads": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    "dots1": {"num_key_value_heads": 4, "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "n_groups": 1},
@@ -99,15 +99,19 @@ def field_names(config_class) -> set[str]:
 
 
 def tiny_config(name):
-    """A configuration in which every size that has a known name is small."""
     if name in CHATGLM:
         return ChatGLMConfig.from_dict({"model_type": "chatglm", **CHATGLM[name]})
-    config_class = CONFIG_MAPPING[name]
+    return small(CONFIG_MAPPING[name], **OWN_SIZES.get(name, {}))
+
+
+def small(config_class, **own_sizes):
+    """A configuration in which every size that has a known name is small, and its parts likewise."""
     known = field_names(config_class)
     sizes = {size: value for size, value in SIZES.items() if size in known}
     if "kv_lora_rank" in known:  # latent attention has as many key heads as query heads
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
-    return config_class(**{**sizes, **OWN_SIZES.get(name, {})})
+    parts = {name: small(part) for name, part in config_class.sub_configs.items() if part is not AutoConfig}
+    return config_class(**{**sizes, **parts, **own_sizes})
 
 
 def tiny_model(name):
