@@ -178,8 +178,8 @@ class ChatArguments:
     test_file: str | None = argument(None, "Rows to answer with --do_predict, in the format of the other files.")
     max_source_length: int = argument(1024, "Most tokens before an answer. Longer: the oldest turns are dropped.")
     max_target_length: int = argument(128, "Most tokens of an answer, when trained and when generated.")
-    padding_free: bool | None = argument(
-        None, "Lay rows end to end instead of padding them, or stop; default: where the model keeps them apart."
+    padding_free: bool = argument(
+        False, "Lay rows end to end, or stop; without this and the next flag: where the model keeps them apart."
     )
     no_padding_free: bool = argument(False, "Pad rows.")
     pack_to_length: int | None = argument(None, "Fill each training example with rows, up to this many tokens.")
@@ -205,11 +205,11 @@ class ChatArguments:
             raise ValueError("--temperature must be above 0, and --top_p above 0 and at most 1.")
         if (self.temperature != 1 or self.top_p != 1) and not self.do_sample:
             raise ValueError("--temperature and --top_p are for drawn tokens: add --do_sample.")
-        if self.no_padding_free:
-            self.padding_free = False
+        if self.padding_free and self.no_padding_free:
+            raise ValueError("--padding_free and --no_padding_free exclude each other: drop one of the flags.")
         if self.pack_to_length is not None and self.pad_to_max_length:
             raise ValueError("--pack_to_length and --pad_to_max_length exclude each other: drop one of the flags.")
-        if self.pack_to_length is not None and self.padding_free is False:
+        if self.pack_to_length is not None and self.no_padding_free:
             raise ValueError("--pack_to_length needs rows end to end: drop --no_padding_free.")
 
 

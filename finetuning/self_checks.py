@@ -111,7 +111,7 @@ class SelfChecks(TrainerCallback):
         self.results["logits"] = "at labels" if chosen else "all"
         if not chosen:
             logger.warning(f"{probe.name}: all logits are computed, not only those that have a label: {why}.")
-        if flags.padding_free is False or flags.pad_to_max_length:
+        if flags.no_padding_free or flags.pad_to_max_length:
             return
         apart, why = False, why
         if chosen and n_gpu > 1:
@@ -224,8 +224,8 @@ class Probe:
         moved = difference(self.padded(rows), alone, rows)
         if not moved <= self.bound():
             raise SelfCheckFailed(
-                f"{self.name}: padding moves the logits of a row by {moved:.1%} (rounding: {self.bound():.1%}), so that "
-                "it cannot be trained in batches: pass --per_device_train_batch_size 1 --per_device_eval_batch_size 1."
+                f"{self.name}: padding moves the logits of a row by {moved:.1%} (rounding: {self.bound():.1%}): it "
+                "cannot be trained in batches, so pass --per_device_train_batch_size 1 --per_device_eval_batch_size 1."
             )
         return moved
 

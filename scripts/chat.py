@@ -28,7 +28,7 @@ from finetuning.self_checks import SelfCheckFailed, check_answers
 from run_chatglm_lora import padding_id
 
 
-QUESTIONS = ["你好", "What is the capital of China? 请用一句话回答。"]  # of the self-check: two lengths
+QUESTIONS = ["你好", "Who are you?"]  # of the self-check: two lengths
 HELP = '''\
 /clear         forget the conversation
 /system TEXT   begin anew under this system message, or under none

@@ -76,7 +76,7 @@ def test_every_way_to_batch_gives_the_loss_and_gradient_of_the_full_computation(
              "labels": row["labels"][:2] + [-100] * 2 + row["labels"][2:]} for row in ROWS
         ]  # fmt: skip
     loss, gradient = loss_and_gradient(model, PaddedCollator(pad_token_id=0)(rows))
-    padded, flattened = collated(model, rows, padding_free=False), collated(model, rows)
+    padded, flattened = collated(model, rows, no_padding_free=True), collated(model, rows)
     assert ("row_ends" in flattened) == (name != "chatglm1")
     assert (model.config._attn_implementation == ROWWISE) == (name != "chatglm1")
     assert "logits_to_keep" in padded and padded["labels"].shape[1] < len(rows[-1]["input_ids"])
