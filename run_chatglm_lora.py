@@ -80,6 +80,7 @@ try:
         provenance,
         scores,
         screen,
+        self_checks,
         throughput,
     )
     from finetuning.batches import IGNORE_INDEX
@@ -178,7 +179,10 @@ class ChatArguments:
     test_file: str | None = argument(None, "Rows to answer with --do_predict, in the format of the other files.")
     max_source_length: int = argument(1024, "Most tokens before an answer. Longer: the oldest turns are dropped.")
     max_target_length: int = argument(128, "Most tokens of an answer, when trained and when generated.")
-    padding_free: bool = argument(True, "Lay rows end to end instead of padding them, where the model can do so.")
+    padding_free: bool = argument(
+        False, "Lay rows end to end, or stop; without this and the next flag: where the model keeps them apart."
+    )
+    no_padding_free: bool = argument(False, "Pad rows.")
     pack_to_length: int | None = argument(None, "Fill each training example with rows, up to this many tokens.")
     ignore_pad_token_for_loss: bool = argument(True, "Leave padding out of the loss.")
     pad_to_max_length: bool = argument(False, "Pad every batch to the maximum, for devices that want one shape.")
@@ -188,6 +192,7 @@ class ChatArguments:
     do_sample: bool = argument(False, "Draw the answers' tokens instead of taking the likeliest.")
     temperature: float = argument(1.0, "Sharpness of --do_sample; lower is sharper.")
     top_p: float = argument(1.0, "Share of the likeliest tokens that --do_sample draws from.")
+    self_check: bool = argument(True, "Try what the run relies on in the model first (docs/self_checks.md).")
 
     def __post_init__(self):
         if self.prompt_column is None and self.data_format == "auto" and (self.response_column or self.history_column):
@@ -201,7 +206,11 @@ class ChatArguments:
             raise ValueError("--temperature must be above 0, and --top_p above 0 and at most 1.")
         if (self.temperature != 1 or self.top_p != 1) and not self.do_sample:
             raise ValueError("--temperature and --top_p are for drawn tokens: add --do_sample.")
-        if self.pack_to_length is not None and not self.padding_free:
+        if self.padding_free and self.no_padding_free:
+            raise ValueError("--padding_free and --no_padding_free exclude each other: drop one of the flags.")
+        if self.pack_to_length is not None and self.pad_to_max_length:
+            raise ValueError("--pack_to_length and --pad_to_max_length exclude each other: drop one of the flags.")
+        if self.pack_to_length is not None and self.no_padding_free:
             raise ValueError("--pack_to_length needs rows end to end: drop --no_padding_free.")
 
 
@@ -772,10 +781,10 @@ def encoded_prompts(batch, indices, tokenizer, row_format, chat_args, split):
 
 
 def chat_collator(model, tokenizer, chat_args, training_args):
-    """Rows end to end where the flags and the model allow it, else padded."""
+    """The collator for the flags and for rows as long as the flags and the model allow."""
     longest = chat_args.max_source_length + chat_args.max_target_length + ENDING_TOKENS
     longest = min(longest, getattr(model.config, "max_position_embeddings", None) or longest)
-    return batches.chat_collator(model, padding_id(tokenizer), chat_args, training_args, longest)
+    return batches.chat_collator(padding_id(tokenizer), chat_args, training_args, longest)
 
 
 def padding_id(tokenizer) -> int:
@@ -973,10 +982,13 @@ def safeguards(arguments, data, tokenizer):
     return Safeguards(*arguments, data["train"], tokenizer) if training_args.do_train else None
 
 
-def trainer_options(model, tokenizer, row_format, chat_args, training_args, guards=None):
+def trainer_options(model, tokenizer, row_format, data, chat_args, training_args, guards=None):
     """What Trainer is given beyond run_clm.py's arguments, or in place of them: collator, callbacks and scores."""
     collator = chat_collator(model, tokenizer, chat_args, training_args) if row_format else block_collator
     callbacks = guards.callbacks if guards else [TrainingChecks()]
+    if chat_args.self_check:
+        tried = (collator if row_format else None, data, chat_args, padding_id(tokenizer))
+        callbacks = [*callbacks, self_checks.SelfChecks(*tried, is_pretrained=bool(model.name_or_path))]
     return {
         "data_collator": guards.shielded(collator) if guards else collator,
         "callbacks": [*callbacks, *([throughput.Throughput()] if row_format else [])],
@@ -1001,6 +1013,7 @@ def make_trainer(model, tokenizer, data, options, training_args):
 
 def train(trainer, guards, tokenizer, model_args, row_format, limit):
     """Train, save the model or the adapter with a record of what it was made from, and write the metrics."""
+    self_checks.know(trainer)
     if guards:
         metrics = guards.trained_and_saved(trainer)
     else:
@@ -1018,6 +1031,7 @@ def record_training(trainer, tokenizer, model_args, row_format):
     if trainer.args.should_save:
         TrainingChecks.check_saved(trainer.args.output_dir, trainer.model, trainer.state.global_step)
         origin = provenance.record(trainer.model, tokenizer, model_args, row_format)
+        origin["self_checks"] = self_checks.results_of(trainer)
         record = json.dumps(origin, ensure_ascii=False, indent=2)
         Path(trainer.args.output_dir, "provenance.json").write_text(record + "\n", encoding="utf-8")
 
@@ -1102,7 +1116,7 @@ def main():
 
     model = loaded_model(model_args, lora_args, training_args, config, tokenizer)
     model = adapted_model(model, lora_args, training_args)
-    options = trainer_options(model, tokenizer, row_format, chat_args, training_args, guards)
+    options = trainer_options(model, tokenizer, row_format, data, chat_args, training_args, guards)
     trainer = make_trainer(model, tokenizer, data, options, training_args)
 
     if training_args.do_train:

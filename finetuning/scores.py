@@ -3,8 +3,6 @@
 Shapes: B rows, S positions, N positions whose logits are computed, V vocabulary rows, T virtual tokens of a prompt.
 """
 
-from functools import partial
-
 import datasets
 import evaluate
 import numpy as np
@@ -12,7 +10,7 @@ import torch
 from torch.nn.functional import log_softmax
 from transformers.utils import is_torch_xla_available
 
-from .batches import IGNORE_INDEX, FlattenedCollator
+from .batches import IGNORE_INDEX
 
 
 def scoring(collator, row_format, training_args):
@@ -22,9 +20,10 @@ def scoring(collator, row_format, training_args):
     if not row_format:
         return {"compute_metrics": masked_accuracy, "preprocess_logits_for_metrics": best_tokens}
     training_args.batch_eval_metrics = True  # summed batch by batch: memory does not grow with the rows
-    flattened = isinstance(collator, FlattenedCollator)
-    scores = partial(row_scores, flattened=flattened)
-    return {"compute_metrics": TokenScores(), "preprocess_logits_for_metrics": scores}
+    return {
+        "compute_metrics": TokenScores(),
+        "preprocess_logits_for_metrics": lambda logits, labels: row_scores(logits, labels, collator.end_to_end),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------- blocks of text

@@ -22,7 +22,11 @@ from chat_page import page, serve
 from chatbot import Chatbot, is_call, next_message, text_of
 from opening import opened
 
+from finetuning.self_checks import SelfCheckFailed, check_answers
+from run_chatglm_lora import padding_id
 
+
+QUESTIONS = ["你好", "Who are you?"]  # of the self-check: two lengths
 HELP = '''\
 /clear         forget the conversation
 /system TEXT   begin anew under this system message, or under none
@@ -61,6 +65,12 @@ def parsed_arguments() -> argparse.Namespace:
         "--dtype",
         choices=["bfloat16", "float16", "float32"],
         help="default: bfloat16 (float16 on older cards), on the CPU as stored",
+    )
+    loading.add_argument(
+        "--no_self_check",
+        action="store_false",
+        dest="self_check",
+        help="do not compare answers with and without cache",
     )
     bits = loading.add_mutually_exclusive_group()
     bits.add_argument("--load_in_4bit", action="store_const", const=4, dest="bits", help="needs bitsandbytes")
@@ -245,7 +255,11 @@ def chatbot(arguments: argparse.Namespace) -> Chatbot:
     )
     if arguments.seed is not None:
         transformers.set_seed(arguments.seed)
-    return Chatbot(model, tokenizer, options, tools)
+    bot = Chatbot(model, tokenizer, options, tools)
+    if arguments.self_check:
+        questions = ([{"role": "user", "content": text}] for text in QUESTIONS)
+        check_answers(model, [bot.prompt(messages)[0] for messages in questions], padding_id(tokenizer))
+    return bot
 
 
 def main():
@@ -263,7 +277,7 @@ def main():
             converse(Conversation(bot, arguments.system))
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SelfCheckFailed) as error:
         sys.exit(f"chat.py: {error}")
 
 

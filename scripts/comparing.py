@@ -12,6 +12,7 @@ from opening import opened, opened_base
 from safetensors.torch import load_file
 
 from chatglm.modeling_chatglm import ChatGLMRotaryEmbedding
+from finetuning.self_checks import check_cached, relative_difference, rounding_bound
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,8 +39,15 @@ if tokenizer.chat_template:
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map={"": device})
 with torch.no_grad():
-    logits = model(torch.tensor([ids], device=device)).logits[0].float().cpu()
-save_file({"ids": torch.tensor(ids), "logits": logits}, out)
+    given = torch.tensor([ids], device=device)
+    logits = model(given).logits[0].float().cpu()
+    answer = model.generate(
+        given, attention_mask=torch.ones_like(given), max_new_tokens=8, min_new_tokens=8, do_sample=False, num_beams=1,
+        use_cache=True, output_logits=True, return_dict_in_generate=True,
+    )
+    cached = torch.cat(answer.logits).float().cpu()
+    whole = model(answer.sequences, use_cache=False).logits[0, len(ids) - 1 : -1].float().cpu().contiguous()
+save_file({"ids": torch.tensor(ids), "logits": logits, "cached": cached, "whole": whole}, out)
 """
 
 
@@ -62,6 +70,8 @@ def compared(merge: Merge, folder: Path) -> float:
             f"the logits of the result differ from those of base and adapter by {error:.2%} (largest difference "
             f"{difference.abs().max():.3g}), more than rounding explains."
         )
+    moved = relative_difference(found["cached"], found["whole"])
+    check_cached(moved, rounding_bound(torch.finfo(dtype).eps), "The result")
     return float(difference.abs().max())
 
 

@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 from chatglm import ChatGLMConfig
 from chatglm.configuration_chatglm import SECOND_GENERATION
 from finetuning.adapters import stop_ids
+from finetuning.self_checks import SelfCheckFailed
 from run_chatglm_lora import loaded_tokenizer, padding_id
 
 
@@ -173,7 +174,7 @@ def main():
                 print("Comparing the logits with those of base and adapter ...", flush=True)
                 difference = compared(merge, folder)
                 print(f"The same model: largest difference of a logit {difference:.2g}.")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SelfCheckFailed) as error:
         sys.exit(f"Nothing was written: {error}")
     print(f"Wrote {arguments.out}")
 
