@@ -989,6 +989,8 @@ def make_trainer(model, tokenizer, data, options, training_args):
     train_dataset = data["train"] if training_args.do_train else None
     if isinstance(data, EncodedChats):
         train_dataset = batches.repeated_stream(train_dataset)
+    if isinstance(model, peft.PeftModel) and training_args.ddp_find_unused_parameters is None:
+        training_args.ddp_find_unused_parameters = False  # TrainingChecks sees to it that every tensor is used
     return Trainer(
         model=model,
         args=training_args,
