@@ -98,7 +98,6 @@ OTHER_NAMES = {
     "do_test": "write --do_predict",
     "source_prefix": "write the prefix into the data, or take --system_prompt",
     "preprocessing_batch_size": "drop it",
-    "local_rank": "drop it: torchrun passes the rank in the environment",
 }
 # fmt: on
 
