@@ -25,7 +25,6 @@ and results are kept; with --no_use_lora and plain text it gives the same number
 reasons, in docs/modifications.md. Start it with python, torchrun or deepspeed, with flags or with one .json or .yaml.
 """
 
-import difflib
 import gc
 import importlib
 import importlib.util
@@ -57,7 +56,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    HfArgumentParser,
     Trainer,
     TrainingArguments,
     default_data_collator,
@@ -73,8 +71,12 @@ try:
         batches,
         chat_rows,
         data_files,
+        flags,
         launching,
         loss_plot,
+        memory,
+        mistakes,
+        preconditions,
         prediction,
         prefix_tuning,
         provenance,
@@ -263,7 +265,7 @@ ARGUMENT_CLASSES = (ModelArguments, DataTrainingArguments, *ADDED_ARGUMENTS, Tra
 
 def parsed_arguments():
     """One instance of each argument class, from the command line or from a single .json or .yaml file."""
-    parser = HfArgumentParser(ARGUMENT_CLASSES, description=__doc__.split("\n\n")[0])
+    parser = flags.FlagParser(ARGUMENT_CLASSES, ADDED_ARGUMENTS, description=__doc__.split("\n\n")[0])
     if len(sys.argv) == 2 and sys.argv[1].endswith((".json", ".yaml", ".yml")):
         return parsed_file(parser, sys.argv[1])
     return parser.parse_args_into_dataclasses(launching.prepared_words(sys.argv[1:]))
@@ -968,8 +970,7 @@ def checked_modules(model, flag_value, flag) -> list[str] | None:
     for name in names or []:
         if not any(module == name or module.endswith("." + name) for module in modules):
             known = sorted({module.rpartition(".")[2] for module in modules} - {""})
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0)
-            raise ValueError(f"{flag}: the model has no layer '{name}'. Near: {', '.join(near)}.")
+            raise ValueError(f"{flag}: the model has no layer '{name}'. {mistakes.way_out(name, known)}")
     return names
 
 
@@ -991,7 +992,7 @@ def trainer_options(model, tokenizer, row_format, data, chat_args, training_args
         callbacks = [*callbacks, self_checks.SelfChecks(*tried, is_pretrained=bool(model.name_or_path))]
     return {
         "data_collator": guards.shielded(collator) if guards else collator,
-        "callbacks": [*callbacks, *([throughput.Throughput()] if row_format else [])],
+        "callbacks": [screen.Plan(), *callbacks, *([throughput.Throughput()] if row_format else [])],
         **scores.scoring(collator, row_format, training_args),
     }
 
@@ -1001,6 +1002,8 @@ def make_trainer(model, tokenizer, data, options, training_args):
     train_dataset = data["train"] if training_args.do_train else None
     if isinstance(data, EncodedChats):
         train_dataset = batches.repeated_stream(train_dataset)
+    if isinstance(model, peft.PeftModel) and training_args.ddp_find_unused_parameters is None:
+        training_args.ddp_find_unused_parameters = False  # TrainingChecks sees to it that every tensor is used
     return Trainer(
         model=model,
         args=training_args,
@@ -1014,11 +1017,12 @@ def make_trainer(model, tokenizer, data, options, training_args):
 def train(trainer, guards, tokenizer, model_args, row_format, limit):
     """Train, save the model or the adapter with a record of what it was made from, and write the metrics."""
     self_checks.know(trainer)
-    if guards:
-        metrics = guards.trained_and_saved(trainer)
-    else:
-        metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
-        trainer.save_model()
+    with memory.explained(trainer, "train"):
+        if guards:
+            metrics = guards.trained_and_saved(trainer)
+        else:
+            metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
+            trainer.save_model()
     record_training(trainer, tokenizer, model_args, row_format)
     metrics |= sample_count("train", trainer.train_dataset, limit)
     trainer.log_metrics("train", metrics)
@@ -1038,7 +1042,8 @@ def record_training(trainer, tokenizer, model_args, row_format):
 
 def evaluate_loss(trainer, limit):
     """Evaluate, and write loss, accuracy and perplexity."""
-    metrics = trainer.evaluate()
+    with memory.explained(trainer, "eval"):
+        metrics = trainer.evaluate()
     metrics = complete({**metrics, **sample_count("eval", trainer.eval_dataset, limit)})
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
@@ -1100,6 +1105,7 @@ def publish(trainer, model_args, data_args):
 def main():
     model_args, data_args, chat_args, lora_args, training_args = parsed_arguments()
     screen.set_up_logging(training_args)
+    preconditions.check(model_args, data_args, lora_args, training_args)
     launching.check_launch(training_args)
     set_seed(training_args.seed)
 
@@ -1112,9 +1118,11 @@ def main():
     data = chats_as_ids(raw, row_format, tokenizer, config, chat_args, data_args, training_args)
     if not row_format:
         data = text_blocks(data, tokenizer, config, data_args, training_args)
+    screen.show_data(data, raw)
     guards = safeguards((model_args, lora_args, training_args), data, tokenizer)
 
     model = loaded_model(model_args, lora_args, training_args, config, tokenizer)
+    screen.show_model(model)
     model = adapted_model(model, lora_args, training_args)
     options = trainer_options(model, tokenizer, row_format, data, chat_args, training_args, guards)
     trainer = make_trainer(model, tokenizer, data, options, training_args)
@@ -1127,6 +1135,8 @@ def main():
     if training_args.do_train and lora_args.plot_loss:
         loss_plot.draw_losses(trainer)
     publish(trainer, model_args, data_args)
+    if training_args.do_train:
+        screen.show_next_steps(training_args.output_dir, model_args.model_name_or_path)
     launching.end_processes()
 
 
@@ -1136,4 +1146,4 @@ def _mp_fn(index):
 
 
 if __name__ == "__main__":
-    main()
+    mistakes.reported(main)()

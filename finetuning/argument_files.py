@@ -13,8 +13,13 @@ def file_arguments(path, classes):
 
     YAML 1.1 reads 2e-4 as a string and no as false; where a flag is a number or a strategy, what was meant is taken.
     """
-    text = Path(path).read_text(encoding="utf-8")
-    values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold names and values of flags, such as learning_rate: 2e-4.")
     flags = {f.name: f for cls in classes for f in fields(cls)}
     for name, value in list(values.items()):
         kind = str(flags[name].type) if name in flags else ""

@@ -18,6 +18,7 @@ logger = logging.getLogger("run_chatglm_lora.checks")
 
 EXCERPT_TOKENS = 40  # of each row of a batch whose loss is not finite
 EXAMPLE_TOKENS = 1000  # of the first example, more are not logged
+EXAMPLE_LINES = 5  # at its beginning and at its end
 
 
 class HopelessRun(RuntimeError):
@@ -34,7 +35,9 @@ class TrainingChecks(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model, processing_class, train_dataloader, **kwargs):
         example = next(iter(train_dataloader.dataset))
-        logger.info(f"The first example; what stands in 【】 is trained:\n{marked_text(processing_class, example)}")
+        logger.info(
+            f"The first example; what stands in 【】 is trained:\n{few_lines(marked_text(processing_class, example))}"
+        )
         self.batches = []  # (loss, inputs) of each forward pass of the step
         self.has_gradient = set()
         self.loss_hook = model.register_forward_hook(self.note_loss, with_kwargs=True)
@@ -108,6 +111,13 @@ def marked_text(tokenizer, example) -> str:
             runs.append(([], trained))
         runs[-1][0].append(token)
     return "".join(f"【{tokenizer.decode(ids)}】" if trained else tokenizer.decode(ids) for ids, trained in runs)
+
+
+def few_lines(text, most=EXAMPLE_LINES) -> str:
+    """The first and the last lines of a text."""
+    lines = text.split("\n")
+    cut = len(lines) - 2 * most
+    return "\n".join([*lines[:most], f"[{cut} lines]", *lines[-most:]]) if cut > 1 else text
 
 
 def gradient_norm(args, trainer, model) -> torch.Tensor:

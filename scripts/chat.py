@@ -8,6 +8,7 @@ MODEL is an adapter folder, a model folder or a hub name. The prompt is the one 
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -264,6 +265,8 @@ def chatbot(arguments: argparse.Namespace) -> Chatbot:
 
 def main():
     arguments = parsed_arguments()
+    if arguments.web and not importlib.util.find_spec("gradio"):
+        sys.exit("chat.py: --web needs gradio: pip install 'gradio>=6'")
     transformers.utils.logging.set_verbosity_error()
     try:
         bot = chatbot(arguments)

@@ -9,10 +9,7 @@ from chatbot import Chatbot, is_call, next_message
 def page(bot: Chatbot, system: str | None, title: str):
     """Gradio's chat page. Each browser session has a history of its own; answers are made one after the other."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    try:
-        import gradio
-    except ImportError as error:
-        raise ValueError("--web needs gradio: pip install 'gradio>=6'") from error
+    import gradio
 
     def replies(text, history):
         messages = [{"role": "system", "content": system}] if system else []
