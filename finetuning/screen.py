@@ -14,6 +14,8 @@ import transformers
 from datasets import IterableDataset
 from transformers import TrainerCallback
 
+from .versions import untested_transformers
+
 
 logger = logging.getLogger("run_chatglm_lora")
 plan_logger = logging.getLogger("run_chatglm_lora.plan")
@@ -69,6 +71,8 @@ def set_up_logging(training_args):
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
     logger.log(logging.INFO if brief else logging.WARNING, f"{processes(training_args)}; {versions()}")
+    if not replica and (sentence := untested_transformers()):
+        logger.warning(sentence)
     if not brief:
         logger.info(f"Training arguments: {training_args}")
 

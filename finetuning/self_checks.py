@@ -30,11 +30,11 @@ from .batches import (
     takes_logits_to_keep,
 )
 from .prediction import left_padded
+from .versions import NEWEST, OLDEST
 
 
 logger = logging.getLogger("run_chatglm_lora.self_checks")
 
-TESTED_TRANSFORMERS = "5.17 to 5.24"
 ANSWER_TOKENS = 8
 ROWS_LOOKED_AT = 16
 CHUNKS = 256  # that state-space models compute in, whether their configuration says so or not
@@ -158,7 +158,7 @@ def check_cached(moved, bound, name):
         raise SelfCheckFailed(
             f"{name}: answers with a cache are not those without (their logits are off by {moved:.1%}, rounding is "
             f"{bound:.2%}), so that none is given. This is transformers {transformers.__version__}; tested are "
-            f"{TESTED_TRANSFORMERS}."
+            f"{OLDEST} to {NEWEST}."
         )
 
 
