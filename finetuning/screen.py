@@ -53,18 +53,17 @@ def set_up_logging(training_args):
     Without --log_level libraries are heard from WARNING on and our own lines stand without time and name. Of several
     processes one speaks, unless --log_level_replica gives the others a level.
     """
-    brief = training_args.log_level == "passive"
-    level = training_args.get_process_log_level() if not brief else logging.WARNING
     replica = not training_args.should_log
+    brief = training_args.log_level == "passive" and not replica
     if replica and training_args.log_level_replica == "warning":
         training_args.log_level_replica = "error"  # Trainer sets transformers' level by it once more
-        level = logging.ERROR
         warnings.simplefilter("ignore")
+    level = logging.WARNING if brief else training_args.get_process_log_level()
     handler = logging.StreamHandler(sys.stdout)
     full = logging.Formatter("%(asctime)s - %(levelname)s - %(name)s - %(message)s", "%m/%d/%Y %H:%M:%S")
     handler.setFormatter(Brief() if brief else full)
     logging.basicConfig(handlers=[handler])
-    logger.setLevel(logging.INFO if brief and not replica else level)
+    logger.setLevel(logging.INFO if brief else level)
     set_up_libraries(level, brief)
     hide_harmless()
     if replica:

@@ -84,5 +84,5 @@ def test_quantisation_without_bitsandbytes_says_what_to_install(run, monkeypatch
 
 
 def test_model_that_is_nowhere_is_named(run, text_files):
-    with pytest.raises(OSError, match="./nothere is neither a folder with a config.json nor found on the hub"):
+    with pytest.raises(OSError, match="--model_name_or_path: there is no folder ./nothere."):
         run("--model_name_or_path", "./nothere", "--train_file", text_files / "train.txt", "--do_train")

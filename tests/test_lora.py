@@ -77,7 +77,9 @@ def test_model_that_peft_does_not_list_gets_lora_in_all_linear_layers(llama):
 
 @pytest.mark.parametrize("flag", ["--lora_target_modules", "--lora_modules_to_save"])
 def test_unknown_layer_is_refused_with_near_names(run, flags, flag):
-    with pytest.raises(ValueError, match=f"{flag}: the model has no layer 'query_value'. Near: query_key_value"):
+    with pytest.raises(
+        ValueError, match=f"{flag}: the model has no layer 'query_value'. Did you mean 'query_key_value'"
+    ):
         run(flags, flag, "query_value")
 
 

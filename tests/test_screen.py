@@ -2,10 +2,11 @@
 
 import logging
 import warnings
-from types import SimpleNamespace
 
 import pytest
+import transformers
 from tiny import CHAT_FLAGS
+from transformers import TrainingArguments
 
 from finetuning import screen
 from finetuning.training_checks import few_lines
@@ -58,6 +59,7 @@ def test_log_level_info_shows_the_training_arguments_as_upstream_does(run, flags
 
 
 def test_libraries_are_heard_from_warnings_on(run, flags, caplog):
+    transformers.utils.logging.set_verbosity_warning()  # as in a process that has run nothing before
     run(flags)
     others = [record for record in caplog.records if not record.name.startswith("run_chatglm_lora")]
     assert all(record.levelno >= logging.WARNING for record in others)
@@ -65,12 +67,9 @@ def test_libraries_are_heard_from_warnings_on(run, flags, caplog):
 
 
 def test_replica_is_silent_unless_it_is_given_a_level(monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "should_log", False)
     for replica, expected in (("warning", logging.ERROR), ("info", logging.INFO)):
-        args = SimpleNamespace(
-            log_level="passive", should_log=False, log_level_replica=replica, world_size=2, bf16=False, fp16=False,
-            get_process_log_level=lambda: logging.INFO, device=SimpleNamespace(type="cpu"),
-        )  # fmt: skip
-        screen.set_up_logging(args)
+        screen.set_up_logging(TrainingArguments(use_cpu=True, log_level_replica=replica))
         assert screen.logger.level == expected
 
 
