@@ -4,11 +4,10 @@ import inspect
 
 import pytest
 import torch
-from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from chatglm import ChatGLMForSequenceClassification
-from chatglm.library_names import CACHE, RENAMED, with_cache_for_peft
+from chatglm.library_names import CACHE, RENAMED
 
 
 LOST = ["past_states", "attn_mask", "positions", "token_type_ids", "head_mask"]
@@ -98,20 +97,3 @@ def test_two_caches_are_refused(model, ids):
 def test_evaluation_leaves_the_cache_out_of_the_predictions(model):
     assert model.config.keys_to_ignore_at_inference == [CACHE]
     assert CACHE in model._skip_keys_device_placement
-
-
-@pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig])
-def test_peft_prompts_of_other_models_reach_generation(kind):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval()
-    adapted = get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
-    for weights in adapted.prompt_encoder.parameters():
-        torch.nn.init.normal_(weights, std=2)
-    expected = ids = torch.tensor([[5, 9, 7, 11]])
-    for _ in range(6):
-        with torch.no_grad():
-            logits = adapted(input_ids=expected, attention_mask=torch.ones_like(expected)).logits
-        expected = torch.cat((expected, logits[:, -1:].argmax(-1)), dim=1)
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(with_cache_for_peft(adapted).generate(input_ids=ids, **options), expected)
