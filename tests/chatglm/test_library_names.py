@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
 from chatglm import ChatGLMForSequenceClassification
 from chatglm.library_names import CACHE, RENAMED
@@ -97,3 +97,14 @@ def test_two_caches_are_refused(model, ids):
 def test_evaluation_leaves_the_cache_out_of_the_predictions(model):
     assert model.config.keys_to_ignore_at_inference == [CACHE]
     assert CACHE in model._skip_keys_device_placement
+
+
+def test_continuous_batching_generates_with_its_paged_cache(glm4_folder):
+    """Up to 5.23 that cache has the name `cache`, under which no other comes, and passes through to the attention."""
+    model = AutoModelForCausalLM.from_pretrained(glm4_folder, dtype=torch.float32).eval()
+    prompts, new = [[5, 9, 7, 11, 6, 8], [4, 3, 12]], {"max_new_tokens": 5, "do_sample": False}
+    expected = [model.generate(torch.tensor([ids]), eos_token_id=None, **new)[0, len(ids) :] for ids in prompts]
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)  # else it takes most of the memory
+    options = GenerationConfig(eos_token_id=-1, pad_token_id=0, **new)
+    results = model.generate_batch(prompts, generation_config=options, continuous_batching_config=small)
+    assert sorted(each.generated_tokens for each in results.values()) == sorted(row.tolist() for row in expected)
