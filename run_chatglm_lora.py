@@ -919,6 +919,7 @@ def adapted_model(model, lora_args, training_args):
         model = peft.PeftModel.from_pretrained(model, path, is_trainable=training_args.do_train)
     else:
         model = peft.get_peft_model(model, adapter_config(model, lora_args))
+    model = prediction.with_cache_for_peft(model)
     if training_args.do_train and model.active_peft_config.is_prompt_learning and is_deepspeed_zero3_enabled():
         raise ValueError(
             "PEFT saves a trained prefix by running it on one process, and ZeRO-3 would wait for the others for ever: "

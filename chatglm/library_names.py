@@ -12,7 +12,6 @@ from importlib.metadata import version
 from typing import Any
 
 from packaging.version import Version
-from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import is_peft_available
 
@@ -54,13 +53,3 @@ def for_peft(inputs: dict[str, Any]) -> dict[str, Any]:
     if PEFT_READS_OLD_NAME and "cache" in inputs:
         inputs["past_key_values"] = inputs.pop("cache")
     return inputs
-
-
-def with_cache_for_peft(adapted: nn.Module) -> nn.Module:
-    """A prompt or prefix of PEFT on any causal model of the library, which prepares its inputs with `for_peft`.
-
-    The library's forwards take the old name until 5.40. The models here need it not: they do so themselves.
-    """
-    prepare = adapted.base_model_prepare_inputs_for_generation
-    adapted.base_model_prepare_inputs_for_generation = lambda *args, **kwargs: for_peft(prepare(*args, **kwargs))
-    return adapted

@@ -4,12 +4,15 @@ import json
 import logging
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from operator import itemgetter
 from pathlib import Path
 
+import peft
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from packaging.version import Version
 from peft import PeftModel, get_peft_model_state_dict
 from tqdm.auto import tqdm
 
@@ -28,6 +31,26 @@ def search_options(chat_args) -> dict:
     options = {"num_beams": chat_args.num_beams, "do_sample": chat_args.do_sample, "top_k": None}
     drawn = {"temperature": chat_args.temperature, "top_p": chat_args.top_p, "top_k": 0}
     return {**options, **(drawn if chat_args.do_sample else {"temperature": None, "top_p": None})}
+
+
+def with_cache_for_peft(model: PeftModel) -> PeftModel:
+    """The model, in whose generation PEFT finds the cache.
+
+    transformers 5.24 hands it on as `cache`; PEFT below 0.22 looks for `past_key_values` and, finding none, puts its
+    prompt or prefix before every step: the text is wrong, without an error. The library's forwards take both names
+    until 5.40. To be dropped once PEFT 0.22 is the oldest that requirements.txt allows.
+    """
+    if model.active_peft_config.is_prompt_learning and Version(peft.__version__) < Version("0.22"):
+        prepare = model.base_model_prepare_inputs_for_generation
+        model.base_model_prepare_inputs_for_generation = partial(inputs_under_the_old_name, prepare)
+    return model
+
+
+def inputs_under_the_old_name(prepare, *args, **kwargs) -> dict:
+    inputs = prepare(*args, **kwargs)
+    if "cache" in inputs:
+        inputs["past_key_values"] = inputs.pop("cache")
+    return inputs
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 import chatglm  # noqa: F401 - makes ChatGLM known
 from finetuning.adapters import adapter_folder, base_of
+from finetuning.prediction import with_cache_for_peft
 from run_chatglm_lora import ModelArguments, hub_options, loaded_config, loaded_tokenizer, model_class
 
 
@@ -52,7 +53,7 @@ def opened(
         model.resize_token_embeddings(len(tokenizer))  # as in training
     if folder:
         try:
-            model = peft.PeftModel.from_pretrained(model, str(folder))
+            model = with_cache_for_peft(peft.PeftModel.from_pretrained(model, str(folder)))
         except RuntimeError as error:  # load_state_dict's: sizes
             line = next((line for line in str(error).splitlines() if "size mismatch" in line), str(error))
             raise ValueError(f"The adapter {name} was trained on another model than {base}: {line.strip()}") from error

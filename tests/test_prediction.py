@@ -4,8 +4,10 @@ import json
 import math
 
 import pytest
+import torch
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tiny import CHAT_FLAGS, CHATS, results, write_jsonl
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import chatglm  # noqa: F401
 from finetuning import prediction
@@ -114,3 +116,22 @@ def test_scores_are_known_values_in_chinese():
     mixed = answer_scores([right, empty, {"prediction": "好", "reference": None}])
     assert mixed["exact_match"] == 0.5 and math.isclose(mixed["rouge-l"], 50, rel_tol=1e-6)
     assert answer_scores([{"prediction": "好", "reference": None}]) == {}
+
+
+@pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig])
+def test_a_trained_prompt_or_prefix_reaches_generation_with_a_cache(kind):
+    """PEFT below 0.22 lost it with transformers 5.24: the prefix was not seen at all, the prompt at every step."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval()
+    adapted = get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    for weights in adapted.prompt_encoder.parameters():
+        torch.nn.init.normal_(weights, std=2)
+    adapted = prediction.with_cache_for_peft(adapted)
+    expected = ids = torch.tensor([[5, 9, 7, 11]])
+    for _ in range(6):
+        with torch.no_grad():
+            logits = adapted(input_ids=expected, attention_mask=torch.ones_like(expected)).logits
+        expected = torch.cat((expected, logits[:, -1:].argmax(-1)), dim=1)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(adapted.generate(input_ids=ids, **options), expected)
