@@ -94,7 +94,7 @@ STAGES = [
         "group_texts lm_datasets train_dataset eval_dataset",
         "chats_as_ids text_blocks check_text column_names mapped capped chosen_block_size sample_limits "
         "requested_splits within_positions EncodedChats encoded_chats encoded_split encoding_fingerprint encoded_rows "
-        "encoded_prompts examples_of encoded_conversations without_oldest_turns marked_ids ids_by_turn reply_ids "
+        "encoded_prompts examples_of encoded_conversations without_oldest_turns marked_ids examples_by_turn reply_ids "
         "answers_apart templated",
         "Encoding",
     ),

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from itertools import chain
 
 import pytest
 from goldens_io import GOLDENS, recorded_texts
@@ -40,7 +41,7 @@ def encoded(tokenizer, row, row_format, source=1000, target=1000):
     """The examples of a row."""
     args = ChatArguments(max_source_length=source, max_target_length=target)
     pieces = up_to_answers(conversation(row, row_format, ""), answers_apart(tokenizer))
-    return list(encoded_conversations(tokenizer, pieces, args))
+    return list(chain.from_iterable(encoded_conversations(tokenizer, pieces, args)))
 
 
 def recorded_rows(golden):

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 from datasets import Dataset
-from tiny import results, write_jsonl
+from tiny import results, said, write_jsonl
 
 import run_chatglm_lora
 from finetuning.chat_rows import BadRow, RowFormat, columns_of_rows, conversation, format_of
@@ -18,11 +18,6 @@ PAIR = RowFormat("prompt_response", "prompt", "response", "history")
 INSTRUCTION = RowFormat("instruction", "instruction", "output", "history")
 MESSAGES = RowFormat("messages", messages="messages")
 WEATHER = {"name": "get_weather", "description": "天气", "parameters": {"type": "object", "default": None}}
-
-
-def said(*contents):
-    """Messages of user and assistant in turn."""
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
 
 
 def rows(path):
@@ -82,7 +77,7 @@ def test_instruction_and_input_are_joined_by_a_newline(empty):
 
 def test_system_message_is_the_row_s_own_or_that_of_the_flag():
     row, role = {"instruction": "谁", "output": "臣妾"}, {"role": "system", "content": "你是甄嬛"}
-    assert conversation(row, INSTRUCTION, "", "你是甄嬛") == [role, *said("谁", "臣妾")]
+    assert conversation(row, INSTRUCTION, "", "你是甄嬛") == [{**role, "loss": False}, *said("谁", "臣妾")]
     assert conversation({**row, "system": "你是皇帝"}, INSTRUCTION, "", "你是甄嬛")[0]["content"] == "你是皇帝"
 
 
@@ -98,7 +93,7 @@ def test_sharegpt_and_openai_rows_are_the_same_conversation():
     messages = conversation({"messages": openai}, MESSAGES, "")
     assert messages == conversation(sharegpt, RowFormat("messages", messages="conversations"), "")
     assert messages[1]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": {"city": "北京"}}
-    assert messages[2] == {"role": "observation", "content": "22 度"}
+    assert messages[2] == {"role": "observation", "content": "22 度", "loss": False}
 
 
 def test_tool_turn_is_a_call_and_an_observation():
@@ -106,14 +101,15 @@ def test_tool_turn_is_a_call_and_an_observation():
     call, observation = conversation({"messages": [*said("q"), turn]}, MESSAGES, "")[1:]
     assert (call["role"], call["loss"]) == ("assistant", False)
     assert call["tool_calls"][0]["function"] == {"name": "f", "arguments": {"n": 3}}
-    assert observation == {"role": "observation", "content": '{"t": "高"}'}
+    assert observation == {"role": "observation", "content": '{"t": "高"}', "loss": False}
 
 
 @pytest.mark.parametrize("system", [[], [{"role": "system", "content": "简短"}]])
 def test_tools_of_a_row_stand_in_its_first_system_message(system):
     row = {"messages": [*system, *said("q", "a")], "tools": [WEATHER]}
     messages = conversation({"row": json.dumps(row), "place": "", "problem": None}, MESSAGES, "")
-    assert messages[0] == {"role": "system", "content": "简短" if system else "", "tools": [WEATHER]}
+    system = {"role": "system", "content": "简短" if system else "", "loss": False, "tools": [WEATHER]}
+    assert messages[0] == system
     assert messages[1:] == said("q", "a")
 
 
@@ -133,7 +129,7 @@ PLACE = r"train row 7, column 'messages', message 2: "
 @pytest.mark.parametrize(
     "row, row_format, sentence",
     [
-        ({"prompt": 5, "response": "a"}, PAIR, r"column 'prompt': 5 \(a number\) is found, text is expected"),
+        ({"prompt": {"n": 5}, "response": "a"}, PAIR, r"column 'prompt': .* \(an object\) is found, text is expected"),
         ({"prompt": "q", "response": ["a"]}, PAIR, r"column 'response': \[\"a\"\] \(a list\) is found"),
         ({"prompt": "q", "respnse": "a"}, PAIR, "no column 'response' but .* Did you mean 'respnse'"),
         ({"prompt": "q", "response": "a", "history": [["x"]]}, PAIR, r"column 'history': .* \(a list\) is not a"),
@@ -144,9 +140,9 @@ PLACE = r"train row 7, column 'messages', message 2: "
         ({"messages": [*said("q"), "a"]}, MESSAGES, PLACE + r'"a" \(text\) is found, an object with role and content'),
         ({"messages": [*said("q"), {"role": "asistant", "content": "a"}]}, MESSAGES,
          PLACE + "the role 'asistant' is not one of .* Did you mean 'assistant'"),
-        ({"messages": [*said("q"), {"role": "assistant", "content": 4}]}, MESSAGES, PLACE + "4 .* is found"),
-        ({"messages": [*said("q"), {"role": "assistant", "content": "a", "loss": 1}]}, MESSAGES,
-         PLACE + "loss must be true or false"),
+        ({"messages": [*said("q"), {"role": "assistant", "content": {}}]}, MESSAGES, PLACE + "{} .* is found"),
+        ({"messages": [*said("q"), {"role": "assistant", "content": "a", "loss": 0.5}]}, MESSAGES,
+         PLACE + "loss must be true, false, 1 or 0"),
         ({"messages": [*said("q"), {"role": "system", "content": "s"}]}, MESSAGES,
          PLACE + "a system message stands first, and there is one at most"),
         ({"messages": [*said("q"), {"role": "tool", "parameters": {}}]}, MESSAGES, PLACE + "a call needs a name"),
@@ -217,14 +213,14 @@ def test_broken_line_is_named(tmp_path, line, sentence):
 
 
 GOOD = {"messages": said("你好", "你好，我是小茶。"), "tools": None}
-BAD = [{"messages": said("问")}, {"messages": [{"role": "bot", "content": "答"}]}, {"mesages": []}]
+BAD = [{"messages": said("问")}, {"messages": [{"role": "boss", "content": "答"}]}, {"mesages": []}]
 UNTRAINED = {"messages": [*said("问"), {"role": "assistant", "content": "答", "loss": False}]}
 ODD_TURNS = {"messages": said("你好", "你好。")[:1] * 2 + said("", "好")[1:]}
 
 
 def test_bad_row_stops_the_run_with_its_line(run, chatglm3, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [GOOD, BAD[1]])
-    with pytest.raises(BadRow, match=r"rows.jsonl, line 2, column 'messages', message 1: the role 'bot'"):
+    with pytest.raises(BadRow, match=r"rows.jsonl, line 2, column 'messages', message 1: the role 'boss'"):
         run("--model_name_or_path", chatglm3, "--train_file", path, "--do_train")
 
 
