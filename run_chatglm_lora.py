@@ -72,6 +72,7 @@ try:
         batches,
         chat_rows,
         data_files,
+        file_rows,
         flags,
         launching,
         loss_plot,
@@ -160,7 +161,7 @@ class DataTrainingArguments:
     keep_linebreaks: bool = argument(True, "Keep the line breaks of txt files.")
 
     def __post_init__(self):
-        data_files.file_builder({"--train_file": self.train_file, "--validation_file": self.validation_file})
+        data_files.check_types({"--train_file": self.train_file, "--validation_file": self.validation_file})
 
 
 @dataclass
@@ -288,23 +289,24 @@ def raw_datasets(model_args, data_args, chat_args, training_args):
     Where no validation rows are given, they are split off from the training rows.
     """
     files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": chat_args.test_file}
-    builder = data_files.file_builder({f"--{split}_file": value for split, value in files.items()})
+    data_files.check_types({f"--{split}_file": value for split, value in files.items()})
     files = {split: data_files.listed_files(value) for split, value in files.items() if value is not None}
     options = {"cache_dir": model_args.cache_dir, "token": model_args.token}
     if data_args.dataset_name is not None:
         source = (data_args.dataset_name, data_args.dataset_config_name)
-        options["streaming"] = data_args.streaming
         files = data_files.files_in(*source) if Path(data_args.dataset_name).is_dir() else {}
-    elif builder is not None:
-        source = (builder,)
-        options["data_files"] = files
-        if builder == "text":
-            options["keep_linebreaks"] = data_args.keep_linebreaks
-    else:
+    elif not files:
         raise ValueError("There are no data: pass --train_file, --validation_file, --test_file or --dataset_name.")
 
     raw, row_format = chat_rows.read(files, chat_args, data_args.streaming, model_args.cache_dir)
     if raw is None:
+        if data_args.dataset_name is not None:
+            options["streaming"] = data_args.streaming
+        else:
+            builder, more = data_files.builder_options(files)
+            source, options = (builder,), {**options, **more, "data_files": files}
+            if builder == "text":
+                options["keep_linebreaks"] = data_args.keep_linebreaks
         raw = load_dataset(*source, **options)
         columns = {split: column_names(rows) for split, rows in raw.items()}
         row_format = chat_rows.format_of(columns, chat_args)
@@ -756,7 +758,7 @@ def encoding_fingerprint(rows, options) -> str:
     files = [
         __file__,
         chat_rows.__file__,
-        data_files.__file__,
+        file_rows.__file__,
         *(inspect.getsourcefile(c) for c in type(tokenizer).__mro__[:-1]),
     ]
     parts = {

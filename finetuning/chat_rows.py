@@ -20,7 +20,8 @@ import datasets
 import numpy as np
 from jinja2.exceptions import TemplateError
 
-from .data_files import ROW_FEATURES, check_files, dataset_of_rows, read_here, read_rows
+from .data_files import ROW_FEATURES, check_files, dataset_of_rows, read_here
+from .file_rows import read_rows, without_nulls
 
 
 logger = logging.getLogger("run_chatglm_lora.data")
@@ -262,13 +263,6 @@ def parsed(text):
 def place_of(cells, place) -> str:
     """The place of a row that was read here, or the one given."""
     return cells["place"] if cells.keys() == ROW_FEATURES.keys() else place
-
-
-def without_nulls(value):
-    """A nested value without the keys that an Arrow table adds, with null, where other rows have them."""
-    if isinstance(value, dict):
-        return {key: without_nulls(each) for key, each in value.items() if each is not None}
-    return [without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 # --------------------------------------------------------------------------------------------------------- messages

@@ -59,7 +59,7 @@ STAGES = [
     Stage(
         "arguments",
         "parser parser.parse_json_file parser.parse_args_into_dataclasses",
-        "parsed_arguments parsed_file file_arguments file_builder listed_files argument ModelArguments "
+        "parsed_arguments parsed_file file_arguments check_types builder_options listed_files argument ModelArguments "
         "DataTrainingArguments ChatArguments LoraArguments",
         "Arguments",
     ),
@@ -168,7 +168,7 @@ ERRORS = {
     "encoding: tokenized_datasets": ("check_splits", "Data"),
 }
 # The modules of finetuning/ in which functions of the table lie.
-ROOMS = {"argument_files", "data_files", "provenance", "scores", "screen"}
+ROOMS = {"argument_files", "data_files", "file_rows", "provenance", "scores", "screen"}
 # Calls that are compared: of these libraries, and of the objects that upstream makes with them.
 LIBRARIES = ("transformers", "datasets", "evaluate", "peft")
 OBJECTS = ["parser", "training_args", "config", "tokenizer", "model", "metric", "trainer"]

@@ -9,7 +9,8 @@ from tiny import results, said, write_jsonl
 
 import run_chatglm_lora
 from finetuning.chat_rows import BadRow, RowFormat, columns_of_rows, conversation, format_of
-from finetuning.data_files import listed_files, read_rows
+from finetuning.data_files import listed_files
+from finetuning.file_rows import read_rows
 from run_chatglm_lora import ChatArguments
 
 
