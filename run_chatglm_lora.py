@@ -181,6 +181,10 @@ class ChatArguments:
     history_column: str | None = argument(None, "Column with the earlier turns: [[question, answer], ...].")
     system_prompt: str | None = argument(None, "System message of every row that has none of its own.")
     chat_template: str | None = argument(None, "Jinja file to write conversations with, instead of the tokenizer's.")
+    interleave_probabilities: str | None = argument(
+        None,
+        "Shares of the files of --train_file, as 0.7,0.3: draw each next row from them. Rows of a small file repeat.",
+    )
     skip_bad_rows: bool = argument(False, "Go on without rows that cannot be used; they are listed in bad_rows.jsonl.")
     test_file: str | None = argument(None, "Rows to answer with --do_predict, in the format of the other files.")
     max_source_length: int = argument(1024, "Most tokens before an answer. Longer: the oldest turns are dropped.")
@@ -298,7 +302,7 @@ def raw_datasets(model_args, data_args, chat_args, training_args):
     elif not files:
         raise ValueError("There are no data: pass --train_file, --validation_file, --test_file or --dataset_name.")
 
-    raw, row_format = chat_rows.read(files, chat_args, data_args.streaming, model_args.cache_dir)
+    raw, row_format = chat_rows.read(files, chat_args, data_args.streaming, model_args.cache_dir, training_args.seed)
     if raw is None:
         if data_args.dataset_name is not None:
             options["streaming"] = data_args.streaming
@@ -313,7 +317,7 @@ def raw_datasets(model_args, data_args, chat_args, training_args):
     logger.info(f"Data format: {row_format or 'text'} (--data_format {chat_args.data_format})")
     # Chat data are all trained on unless an evaluation is asked for; text is split as run_clm.py does, always.
     if "validation" not in raw and "train" in raw and (training_args.do_eval or not row_format):
-        raw["train"], raw["validation"] = train_and_validation(raw["train"], data_args)
+        raw = with_validation(raw, data_args, chat_args)
     check_splits(raw, row_format, training_args)
     return raw, row_format
 
@@ -326,6 +330,19 @@ def read_by_run_clm(row_format, data_args) -> bool:
     files = [Path(name) for name in (data_args.train_file, data_args.validation_file) if name]
     known = data_args.dataset_name or all(f.is_file() and f.suffix in (".csv", ".json", ".txt") for f in files)
     return bool(known and not row_format and not data_args.streaming)
+
+
+def with_validation(raw, data_args, chat_args):
+    """The splits, with a validation split that is taken from the training rows."""
+    if chat_args.interleave_probabilities:
+        raise ValueError("--interleave_probabilities repeats rows, so that none can be held out: --validation_file.")
+    train, validation = train_and_validation(raw["train"], data_args)
+    splits = {**raw, "train": train, "validation": validation}
+    if isinstance(raw, datasets.DatasetDict) and isinstance(train, IterableDataset):  # a DatasetDict takes no streams
+        return IterableDatasetDict(
+            {name: d if isinstance(d, IterableDataset) else d.to_iterable_dataset() for name, d in splits.items()}
+        )
+    return type(raw)(splits)
 
 
 def train_and_validation(train, data_args):
@@ -353,6 +370,11 @@ def check_splits(raw, row_format, training_args):
         raise ValueError("--do_train needs training data: pass --train_file, or a --dataset_name with a train split.")
     if training_args.do_eval and "validation" not in raw:
         raise ValueError("--do_eval needs --validation_file, or a --train_file to split.")
+    if training_args.do_eval and not isinstance(raw["validation"], IterableDataset) and not len(raw["validation"]):
+        raise ValueError(
+            "--do_eval: too few training rows to hold any out for the evaluation: pass --validation_file, or raise "
+            "--validation_split_percentage."
+        )
     if training_args.do_predict and "test" not in raw:
         raise ValueError("--do_predict needs rows to answer: pass --test_file, or a --dataset_name with a test split.")
     if training_args.do_predict and not row_format:

@@ -26,6 +26,7 @@ from .file_rows import read_rows, without_nulls
 
 logger = logging.getLogger("run_chatglm_lora.data")
 
+CUTS = {"source_cut": "max_source_length", "target_cut": "max_target_length"}  # the flags behind the columns
 FIRST_ROWS = 100  # tell the columns of a file
 
 # The names that columns are known by, in any case: question and answer; the first pair that a row has is meant.
@@ -170,6 +171,8 @@ def format_of(columns, chat_args) -> RowFormat | None:
             check_columns(found, names, questions_only=split == "test")
         except ValueError as error:
             raise ValueError(f"The {split} data are not in the format of the {first} data, {found}: {error}") from None
+        if unused := unused_columns(found, names):
+            logger.warning(f"Columns of the {split} data that are not used: {', '.join(unused)}")
     return found
 
 
@@ -197,20 +200,45 @@ def unused_columns(found, columns) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ files
 
 
-def read(files, chat_args, streaming, cache_dir):
+def read(files, chat_args, streaming, cache_dir, seed=42):
     """The rows of the files of each split and their format; (None, None) where `load_dataset` is to read them: text,
     and files of other types."""
     paths = [path for paths in files.values() for path in paths]
+    shares = chat_args.interleave_probabilities
     if not paths or chat_args.data_format == "text" or not read_here(paths):
+        check_not_mixed(shares)
         return None, None
     columns = {split: first_columns(paths) for split, paths in files.items()}
     found = format_of(columns, chat_args)
     if found is None:
+        check_not_mixed(shares)
         return None, None
-    for split, names in columns.items():
-        if unused := unused_columns(found, names):
-            logger.warning(f"Columns of the {split} data that are not used: {', '.join(unused)}")
-    return {split: dataset_of_rows(paths, streaming, cache_dir) for split, paths in files.items()}, found
+    raw = {split: dataset_of_rows(paths, streaming, cache_dir) for split, paths in files.items()}
+    if shares and "train" in files:
+        raw["train"] = mixed_rows(files["train"], shares, streaming, cache_dir, seed)
+    return raw, found
+
+
+def check_not_mixed(shares):
+    if shares:
+        raise ValueError(
+            "--interleave_probabilities mixes files of conversations, not plain text or a --dataset_name."
+        )
+
+
+def mixed_rows(paths, shares, streaming, cache_dir, seed):
+    """The rows of files drawn by their shares until each was seen; those of a file that ends sooner come again."""
+    try:
+        probabilities = [float(share) for share in shares.split(",")]
+    except ValueError:
+        raise ValueError(f"--interleave_probabilities {shares}: numbers with commas are expected.") from None
+    if len(probabilities) != len(paths) or abs(sum(probabilities) - 1) > 1e-6 or min(probabilities) <= 0:
+        raise ValueError(
+            f"--interleave_probabilities {shares}: {len(paths)} numbers above 0 that add up to 1 are expected, one "
+            f"for each file: {', '.join(paths)}."
+        )
+    rows = [dataset_of_rows([path], streaming, cache_dir) for path in paths]
+    return datasets.interleave_datasets(rows, probabilities, seed=seed, stopping_strategy="all_exhausted")
 
 
 def first_columns(paths) -> list[str]:
@@ -636,7 +664,9 @@ def with_trained_tokens(encoded, split, rows, chat_args, training_args):
         )
     if len(encoded) == 0:
         raise ValueError(f"No {split} row has an answer to train on: see --data_format and the column flags.")
-    for name, flag in {"source_cut": "max_source_length", "target_cut": "max_target_length"}.items():
+    for name, flag in CUTS.items():
+        if encoded[0][name]:
+            logger.warning(f"The first {split} example is cut by --{flag} {getattr(chat_args, flag)}.")
         share = np.mean(encoded.with_format("numpy")[name][:])
         if share > 0.01:
             limit = f"--{flag} {getattr(chat_args, flag)}"
@@ -653,7 +683,9 @@ def warned_if_empty(example, split) -> bool:
     """Whether a streamed example has something to train on; if not, its row is logged."""
     if not example["input_ids"]:
         logger.warning(f"{split} row {example['row'] + 1} has no question or no answer and is dropped.")
-    elif example["left_out"]:
+    for flag in (flag for name, flag in CUTS.items() if example[name] and example["row"] == 0):
+        logger.warning(f"The first {split} example is cut by --{flag}.")
+    if example["left_out"]:
         logger.warning(f"{split} row {example['row'] + 1}: the chat template leaves out the content of a message.")
     return bool(example["input_ids"])
 

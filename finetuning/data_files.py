@@ -14,7 +14,7 @@ ROW_FEATURES = datasets.Features({name: datasets.Value("string") for name in ("r
 
 
 def check_types(files):
-    """Raise a ValueError if files that flags name, {flag: value}, are of no known type, or txt stands beside others."""
+    """Raise a ValueError if files of flags, {flag: value}, are of no known type, or txt stands beside others."""
     found = {}  # whether it is txt: the first flag and file
     for flag, path in [(flag, path) for flag, value in files.items() if value for path in listed_files(value)]:
         kind = file_rows.type_of(path)

@@ -11,6 +11,7 @@ import logging
 import lzma
 import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 from io import StringIO
 from pathlib import Path
 
@@ -59,6 +60,12 @@ def opened(path):
         raise ValueError(
             f"{path} is packed with zstd, which Python reads from 3.14 on: unpack it, zstd -d {path}"
         ) from None
+
+
+@lru_cache
+def say_once(text):
+    """A file is read twice: first for its columns."""
+    logger.warning(text)
 
 
 def cells(row, place, problem=None) -> dict:
@@ -182,7 +189,7 @@ def rows_within(path, text, position) -> int | None:
     lists = [key for key, value in whole.items() if is_list_of_objects(value)]
     if len(lists) != 1 or lists[0] in PARTS_OF_ROWS:
         return None
-    logger.warning(f"{path} is one object: its rows are taken from the list under '{lists[0]}'.")
+    say_once(f"{path} is one object: its rows are taken from the list under '{lists[0]}'.")
     for key, value_at in members(text, position):
         if key == lists[0]:
             position = value_at
@@ -229,7 +236,7 @@ def separator(path, text) -> str:
         if found == "," and max(counts, default=0) > 1:
             break
         if len(counts) == 1 and max(counts) > 1:
-            logger.warning(f"The cells of {path} are taken to be parted by {found!r}.")
+            say_once(f"The cells of {path} are taken to be parted by {found!r}.")
             return found
     return ","
 
