@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from functools import lru_cache
 from io import StringIO
+from itertools import islice
 from pathlib import Path
 
 import pyarrow.parquet
@@ -227,15 +228,17 @@ def csv_rows(path) -> Iterator[dict]:
 
 
 def separator(path, text) -> str:
-    """What parts the cells: a tab in .tsv files, else a comma, unless only another gives rows of several cells."""
+    """What parts the cells: a tab in .tsv files, else a comma, unless only another gives a header of several cells
+    and rows like it.
+    """
     if type_of(path) == "tsv":
         return "\t"
     for found in SEPARATORS:
         reader = csv.reader(StringIO(text, newline=""), delimiter=found)
-        counts = {len(row) for row, _ in zip((row for row in reader if row), range(5), strict=False)}
-        if found == "," and max(counts, default=0) > 1:
+        counts = [len(row) for row in islice((row for row in reader if row), 5)] or [0]
+        if found == "," and counts[0] > 1:
             break
-        if len(counts) == 1 and max(counts) > 1:
+        if counts[0] > 1 and len(set(counts)) == 1:
             say_once(f"The cells of {path} are taken to be parted by {found!r}.")
             return found
     return ","
