@@ -11,6 +11,7 @@ from tiny import CHAT_FLAGS
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import chatglm  # noqa: F401
+from finetuning.batches import IGNORE_INDEX
 from finetuning.training_checks import (
     TrainingChecks,
     batch_texts,
