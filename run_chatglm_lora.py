@@ -38,6 +38,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import peft
@@ -71,6 +72,7 @@ try:
         batches,
         chat_rows,
         data_files,
+        file_rows,
         flags,
         launching,
         loss_plot,
@@ -101,7 +103,9 @@ logger = logging.getLogger("run_chatglm_lora")
 DTYPES = ["auto", "bfloat16", "float16", "float32"]
 ENDING_TOKENS = 8  # room for what ends an answer: its eos, and what a template writes after it, such as a newline
 NUMBER = datasets.Value("int64")
-EMPTY_EXAMPLE = {"input_ids": [], "labels": [], "length": 0, "source_cut": False, "target_cut": False}
+EMPTY_EXAMPLE = {
+    "input_ids": [], "labels": [], "length": 0, "source_cut": False, "target_cut": False, "left_out": False,
+}  # fmt: skip
 ENCODING_FLAGS = ("system_prompt", "skip_bad_rows", "max_source_length", "max_target_length")  # they shape the ids
 LIMIT_FLAGS = {"train": "max_train_samples", "validation": "max_eval_samples"}
 
@@ -157,7 +161,7 @@ class DataTrainingArguments:
     keep_linebreaks: bool = argument(True, "Keep the line breaks of txt files.")
 
     def __post_init__(self):
-        data_files.file_builder({"--train_file": self.train_file, "--validation_file": self.validation_file})
+        data_files.check_types({"--train_file": self.train_file, "--validation_file": self.validation_file})
 
 
 @dataclass
@@ -168,8 +172,8 @@ class ChatArguments:
 
     data_format: str = argument(
         "auto",
-        "What a row is; auto: chat if --prompt_column is given or the columns have known names (prompt/response, "
-        "input/target, content/summary, instruction/output, messages, conversations), text otherwise.",
+        f"What a row is; auto: chat if --prompt_column is given or the columns have known names "
+        f"({chat_rows.known_columns()}), text otherwise.",
         choices=["auto", "text", "prompt_response", "instruction", "messages"],
     )
     prompt_column: str | None = argument(None, "Column with the question.")
@@ -177,6 +181,10 @@ class ChatArguments:
     history_column: str | None = argument(None, "Column with the earlier turns: [[question, answer], ...].")
     system_prompt: str | None = argument(None, "System message of every row that has none of its own.")
     chat_template: str | None = argument(None, "Jinja file to write conversations with, instead of the tokenizer's.")
+    interleave_probabilities: str | None = argument(
+        None,
+        "Shares of the files of --train_file, as 0.7,0.3: draw each next row from them. Rows of a small file repeat.",
+    )
     skip_bad_rows: bool = argument(False, "Go on without rows that cannot be used; they are listed in bad_rows.jsonl.")
     test_file: str | None = argument(None, "Rows to answer with --do_predict, in the format of the other files.")
     max_source_length: int = argument(1024, "Most tokens before an answer. Longer: the oldest turns are dropped.")
@@ -285,30 +293,31 @@ def raw_datasets(model_args, data_args, chat_args, training_args):
     Where no validation rows are given, they are split off from the training rows.
     """
     files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": chat_args.test_file}
-    builder = data_files.file_builder({f"--{split}_file": value for split, value in files.items()})
+    data_files.check_types({f"--{split}_file": value for split, value in files.items()})
     files = {split: data_files.listed_files(value) for split, value in files.items() if value is not None}
     options = {"cache_dir": model_args.cache_dir, "token": model_args.token}
     if data_args.dataset_name is not None:
         source = (data_args.dataset_name, data_args.dataset_config_name)
-        options["streaming"] = data_args.streaming
         files = data_files.files_in(*source) if Path(data_args.dataset_name).is_dir() else {}
-    elif builder is not None:
-        source = (builder,)
-        options["data_files"] = files
-        if builder == "text":
-            options["keep_linebreaks"] = data_args.keep_linebreaks
-    else:
+    elif not files:
         raise ValueError("There are no data: pass --train_file, --validation_file, --test_file or --dataset_name.")
 
-    raw, row_format = chat_rows.read(files, chat_args, data_args.streaming, model_args.cache_dir)
+    raw, row_format = chat_rows.read(files, chat_args, data_args.streaming, model_args.cache_dir, training_args.seed)
     if raw is None:
+        if data_args.dataset_name is not None:
+            options["streaming"] = data_args.streaming
+        else:
+            builder, more = data_files.builder_options(files)
+            source, options = (builder,), {**options, **more, "data_files": files}
+            if builder == "text":
+                options["keep_linebreaks"] = data_args.keep_linebreaks
         raw = load_dataset(*source, **options)
         columns = {split: column_names(rows) for split, rows in raw.items()}
         row_format = chat_rows.format_of(columns, chat_args)
     logger.info(f"Data format: {row_format or 'text'} (--data_format {chat_args.data_format})")
     # Chat data are all trained on unless an evaluation is asked for; text is split as run_clm.py does, always.
     if "validation" not in raw and "train" in raw and (training_args.do_eval or not row_format):
-        raw["train"], raw["validation"] = train_and_validation(raw["train"], data_args)
+        raw = with_validation(raw, data_args, chat_args)
     check_splits(raw, row_format, training_args)
     return raw, row_format
 
@@ -321,6 +330,19 @@ def read_by_run_clm(row_format, data_args) -> bool:
     files = [Path(name) for name in (data_args.train_file, data_args.validation_file) if name]
     known = data_args.dataset_name or all(f.is_file() and f.suffix in (".csv", ".json", ".txt") for f in files)
     return bool(known and not row_format and not data_args.streaming)
+
+
+def with_validation(raw, data_args, chat_args):
+    """The splits, with a validation split that is taken from the training rows."""
+    if chat_args.interleave_probabilities:
+        raise ValueError("--interleave_probabilities repeats rows, so that none can be held out: --validation_file.")
+    train, validation = train_and_validation(raw["train"], data_args)
+    splits = {**raw, "train": train, "validation": validation}
+    if isinstance(raw, datasets.DatasetDict) and isinstance(train, IterableDataset):  # a DatasetDict takes no streams
+        return IterableDatasetDict(
+            {name: d if isinstance(d, IterableDataset) else d.to_iterable_dataset() for name, d in splits.items()}
+        )
+    return type(raw)(splits)
 
 
 def train_and_validation(train, data_args):
@@ -348,6 +370,11 @@ def check_splits(raw, row_format, training_args):
         raise ValueError("--do_train needs training data: pass --train_file, or a --dataset_name with a train split.")
     if training_args.do_eval and "validation" not in raw:
         raise ValueError("--do_eval needs --validation_file, or a --train_file to split.")
+    if training_args.do_eval and not isinstance(raw["validation"], IterableDataset) and not len(raw["validation"]):
+        raise ValueError(
+            "--do_eval: too few training rows to hold any out for the evaluation: pass --validation_file, or raise "
+            "--validation_split_percentage."
+        )
     if training_args.do_predict and "test" not in raw:
         raise ValueError("--do_predict needs rows to answer: pass --test_file, or a --dataset_name with a test split.")
     if training_args.do_predict and not row_format:
@@ -357,6 +384,12 @@ def check_splits(raw, row_format, training_args):
 def column_names(dataset) -> list[str]:
     """Names of the columns; a stream that does not know them yet is asked for its first row."""
     return dataset.column_names or list(next(iter(dataset), {}))
+
+
+def text_columns(dataset) -> dict[str, bool]:
+    """The columns, and whether each holds text or what text is made of; numbers, truth values and null are none."""
+    row = next(iter(dataset), {})
+    return {name: isinstance(row.get(name), (str, list, dict)) for name in column_names(dataset)}
 
 
 def mapped(data, function, description, data_args, training_args, **options):
@@ -463,6 +496,8 @@ def chats_as_ids(raw, row_format, tokenizer, config, chat_args, data_args, train
     """Conversations as `EncodedChats`; plain text as it is, when model and flags allow blocks of it."""
     if not row_format:
         check_text(config, data_args)
+        if tokenizer.chat_template:
+            chat_rows.check_text_columns(text_columns(next(iter(raw.values()))), chat_args)
         return raw
     chat_args = within_positions(chat_args, config)
     return encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_args)
@@ -480,17 +515,12 @@ def within_positions(chat_args, config):
     return replace(chat_args, max_source_length=room)
 
 
-def is_trained(message) -> bool:
-    """Whether a message is learnt: answers are, unless the message's own `loss` says otherwise."""
-    loss = message.get("loss")
-    return message["role"] == "assistant" if loss is None else loss
-
-
 def is_complete(messages) -> bool:
-    """Whether every message has a content, and the last answer is not empty."""
-    last = messages[-1]
-    empty = last["role"] == "assistant" and not last["content"] and not last.get("tool_calls")
-    return not empty and all(message["content"] is not None for message in messages)
+    """Whether every message has a content, and no answer that is trained is empty."""
+    empty = (
+        m["content"] is None or (m["loss"] and not m["content"].strip() and not m.get("tool_calls")) for m in messages
+    )
+    return not any(empty)
 
 
 def templated(tokenizer, messages, **options):
@@ -528,24 +558,35 @@ def reply_ids(tokenizer, messages, prompt) -> list[int]:
 
 
 def answers_apart(tokenizer) -> bool:
-    """Whether each answer needs an example of its own, because the history is not written as it was generated.
-
-    So it is with ChatGLM2, whose rounds are encoded anew, and with templates that shorten earlier answers.
+    """Whether each answer needs an example of its own, because a tokenizer that marks answers writes earlier ones in
+    another way: ChatGLM-6B and ChatGLM2, whose rounds are encoded anew. `examples_by_turn` looks at each conversation.
     """
     talk = [{"role": role, "content": "1"} for role in ("user", "assistant", "user")]
+    marked = own_end_id(tokenizer) is not None and templated(
+        tokenizer, talk[:2], return_dict=True, return_assistant_tokens_mask=True
+    )
     first = prompt_ids(tokenizer, talk[:1])
     first += reply_ids(tokenizer, talk[:2], first)
-    return prompt_ids(tokenizer, talk)[: len(first)] != first
+    return bool(marked) and 1 in marked["assistant_masks"] and prompt_ids(tokenizer, talk)[: len(first)] != first
 
 
 def up_to_answers(messages, apart) -> list[list[dict]]:
     """The conversation up to its last trained message or, where each needs an example of its own, up to each."""
-    ends = [number for number, message in enumerate(messages, 1) if is_trained(message)]
+    ends = [number for number, message in enumerate(messages, 1) if message["loss"]]
     return [messages[:end] for end in (ends if apart else ends[-1:])]
 
 
-def marked_ids(tokenizer, conversations) -> list[tuple[list[int], bytes]]:
-    """Token ids of conversations that end with an answer, and a mark (1) on each token that is trained.
+class Marked(NamedTuple):
+    """A conversation that ends with an answer, its token ids, and a mark (1) on each token that is trained."""
+
+    messages: list[dict]
+    ids: list[int]
+    marks: bytes  # searched ten times as fast as a list
+    left_out: bool = False  # whether the template leaves out what a message says
+
+
+def marked_ids(tokenizer, conversations) -> list[list[Marked]]:
+    """The marked ids of each conversation; several where its answers do not fit into one.
 
     ChatGLM's tokenizers mark the answers themselves, all conversations in one call. For any other, and for ChatGLM
     with a template of the user's own, the answers are found turn by turn: an answer is what follows its prompt.
@@ -553,11 +594,11 @@ def marked_ids(tokenizer, conversations) -> list[tuple[list[int], bytes]]:
     if conversations and own_end_id(tokenizer) is not None:
         batch = [chat_rows.as_template_takes_them(messages, tokenizer)[0] for messages in conversations]
         encoded = tokenizer.apply_chat_template(batch, return_dict=True, return_assistant_tokens_mask=True)
-        marked = list(zip(encoded["input_ids"], map(bytes, encoded["assistant_masks"]), strict=True))
-        if all(1 in marks for _, marks in marked):
-            return marked
-    turns = (ids_by_turn(tokenizer, messages) for messages in conversations)
-    return [(ids, bytes(marks)) for ids, marks in turns]  # bytes are searched ten times as fast as lists
+        marks = map(bytes, encoded["assistant_masks"])
+        marked = [Marked(*each) for each in zip(conversations, encoded["input_ids"], marks, strict=True)]
+        if all(1 in each.marks for each in marked):
+            return [[each] for each in marked]
+    return [list(examples_by_turn(tokenizer, messages)) for messages in conversations]
 
 
 def own_end_id(tokenizer) -> int | None:
@@ -565,23 +606,48 @@ def own_end_id(tokenizer) -> int | None:
     return getattr(tokenizer, "end_of_reply_token_id", None)
 
 
-def ids_by_turn(tokenizer, messages) -> tuple[list[int], list[int]]:
-    """`marked_ids` of one conversation, through any chat template."""
-    ids, marks, reply = [], [], []
+def examples_by_turn(tokenizer, messages) -> Iterator[Marked]:
+    """The marked ids of one conversation, through any chat template.
+
+    Where a prompt writes earlier answers in another way than they were generated (without their thoughts), these are
+    an example of their own, and the next begins with that prompt: each answer is trained once, behind its own prompt.
+    """
+    ids, marks, reply, begun, done = [], [], [], 0, 0  # messages[begun:done] are in the example at hand
     for end, message in enumerate(messages, 1):
-        answer, trained = message["role"] == "assistant", is_trained(message)
+        answer, trained = message["role"] == "assistant", message["loss"]
         if not answer and not trained:
             continue
         before = messages[: end - 1]
         prompt = conversation_ids(tokenizer, before, add_generation_prompt=answer) if before else []
-        if prompt[: len(ids)] != ids:  # the answers so far stand differently in this prompt: only this one is trained
+        if prompt[: len(ids)] != ids:
+            if 1 in marks:
+                yield marked_example(tokenizer, messages[:done], begun, ids, marks)
+                begun = done
             ids, marks = [], []
         added = [0] * (len(prompt) - len(ids))
         if added and marks and marks[-1] and tokenizer.eos_token_id not in reply:
             added[0] = 1  # the next role's token is what ends such an answer
         reply = reply_ids(tokenizer, messages[:end], prompt)
-        ids, marks = prompt + reply, marks + added + [int(trained)] * len(reply)
-    return ids, marks
+        ids, marks, done = prompt + reply, marks + added + [int(trained)] * len(reply), end
+    yield marked_example(tokenizer, messages[:done], begun, ids, marks)
+
+
+def marked_example(tokenizer, messages, begun, ids, marks) -> Marked:
+    """The example; ValueError if the template leaves out a thought of the messages that are new in it."""
+    new = [message for message in messages[begun:] if message["loss"] or message["role"] != "assistant"]
+    said = [(name, message[name]) for message in new for name in ("content", "reasoning_content") if message.get(name)]
+    missing = {name for name, text in said if words_of(text) not in words_of(tokenizer.decode(ids))}
+    if missing:  # perhaps only in the tokenizer's spelling
+        text = words_of(templated(tokenizer, messages, tokenize=False))
+        missing = {name for name, each in said if words_of(each) not in text}
+    if "reasoning_content" in missing:
+        raise ValueError("The chat template leaves out the reasoning_content of an answer that is to be trained.")
+    return Marked(messages, ids, bytes(marks), bool(missing))
+
+
+def words_of(text) -> str:
+    """A text without its white space, which templates trim."""
+    return "".join(text.split())
 
 
 def answer_start(marks) -> int:
@@ -617,33 +683,39 @@ def without_oldest_turns(tokenizer, messages, limit) -> list[dict]:
     return system + turns + messages[-1:]
 
 
-def encoded_conversations(tokenizer, conversations, chat_args) -> Iterator[dict]:
-    """A row with `input_ids` and `labels` [S], within the two length limits, for each conversation in turn.
+def encoded_conversations(tokenizer, conversations, chat_args) -> list[list[dict]]:
+    """The examples of each conversation: rows with `input_ids` and `labels` [S], within the two length limits."""
+    marked = marked_ids(tokenizer, conversations)
+    return [[limited_example(tokenizer, example, chat_args) for example in examples] for examples in marked]
+
+
+def limited_example(tokenizer, example, chat_args) -> dict:
+    """The row of an example, cut to the two limits.
 
     An answer is cut to --max_target_length, and then ends with what ended it before (its eos token and what follows),
     or with the end token if the template writes none: the end of an answer is always trained.
     """
     end = own_end_id(tokenizer) or tokenizer.eos_token_id
-    encoded = marked_ids(tokenizer, conversations)
-    for messages, (ids, marks) in zip(conversations, encoded, strict=True):
+    messages, ids, marks, left_out = example
+    start = answer_start(marks)
+    source_cut = start > chat_args.max_source_length
+    if source_cut:
+        short = without_oldest_turns(tokenizer, messages, chat_args.max_source_length)
+        _, ids, marks, _ = marked_ids(tokenizer, [short])[0][-1]
         start = answer_start(marks)
-        source_cut = start > chat_args.max_source_length
-        if source_cut:
-            short = without_oldest_turns(tokenizer, messages, chat_args.max_source_length)
-            ((ids, marks),) = marked_ids(tokenizer, [short])
-            start = answer_start(marks)
-        length = answer_length(ids[start:], end)
-        ids[start + min(length, chat_args.max_target_length) :] = ids[start + length :] or [end]
-        labels = [IGNORE_INDEX] * start + ids[start:]
-        for i in range(start) if 1 in marks[:start] else ():  # earlier answers
-            labels[i] = ids[i] if marks[i] else IGNORE_INDEX
-        yield {
-            "input_ids": ids,
-            "labels": labels,
-            "length": len(ids),
-            "source_cut": source_cut,
-            "target_cut": length > chat_args.max_target_length,
-        }
+    length = answer_length(ids[start:], end)
+    ids[start + min(length, chat_args.max_target_length) :] = ids[start + length :] or [end]
+    labels = [IGNORE_INDEX] * start + ids[start:]
+    for i in range(start) if 1 in marks[:start] else ():  # earlier answers
+        labels[i] = ids[i] if marks[i] else IGNORE_INDEX
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "length": len(ids),
+        "source_cut": source_cut,
+        "target_cut": length > chat_args.max_target_length,
+        "left_out": left_out,
+    }
 
 
 def encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_args):
@@ -708,7 +780,7 @@ def encoding_fingerprint(rows, options) -> str:
     files = [
         __file__,
         chat_rows.__file__,
-        data_files.__file__,
+        file_rows.__file__,
         *(inspect.getsourcefile(c) for c in type(tokenizer).__mro__[:-1]),
     ]
     parts = {
@@ -731,6 +803,7 @@ def encoded_rows(batch, indices, tokenizer, row_format, chat_args, split, apart)
         place = chat_rows.place_of(cells, f"{split} row {number + 1}")
         try:
             messages = chat_rows.conversation(cells, row_format, place, chat_args.system_prompt)
+            messages = chat_rows.split_where_refused(messages, tokenizer)
             pieces = up_to_answers(messages, apart) if is_complete(messages) else []
             read += [(number, place, piece) for piece in pieces]
             problem = None
@@ -748,8 +821,9 @@ def examples_of(read, tokenizer, chat_args) -> list[dict]:
     If the template refuses one, all are encoded one by one, to find and name it.
     """
     try:
-        examples = encoded_conversations(tokenizer, [messages for _, _, messages in read], chat_args)
-        return [{**example, "row": row, "problem": None} for (row, *_), example in zip(read, examples, strict=True)]
+        encoded = encoded_conversations(tokenizer, [messages for _, _, messages in read], chat_args)
+        rows = zip(read, encoded, strict=True)
+        return [{**each, "row": row, "problem": None} for (row, *_), examples in rows for each in examples]
     except (ValueError, TemplateError) as error:
         if len(read) > 1:
             return list(chain.from_iterable(examples_of([row], tokenizer, chat_args) for row in read))
@@ -769,17 +843,27 @@ def encoded_prompts(batch, indices, tokenizer, row_format, chat_args, split):
         row = {"input_ids": [], "prompt": None, "reference": None, "row": number, "problem": None}
         try:
             messages = chat_rows.conversation(cells, row_format, place, chat_args.system_prompt, questions_only=True)
+            messages = chat_rows.split_where_refused(messages, tokenizer)
             if messages[-1]["role"] != "assistant":
-                messages.append({"role": "assistant", "content": None})
-            row |= {"prompt": messages[-2]["content"], "reference": messages[-1]["content"]}
-            if row["prompt"] is None:
-                raise chat_rows.BadRow(f"{place}: column '{row_format.prompt}' is empty, there is nothing to answer.")
+                messages.append(chat_rows.message_of("assistant", None))
+            if len(messages) < 2 or any(message["content"] is None for message in messages[:-1]):
+                raise chat_rows.BadRow(f"{place}: there is no question, or an empty message before it.")
             short = without_oldest_turns(tokenizer, messages, chat_args.max_source_length)[:-1]
             row["input_ids"] = prompt_ids(tokenizer, short)
-        except chat_rows.BadRow as error:
-            row["problem"] = chat_rows.skipped(error, chat_args)
+            row |= {"prompt": messages[-2]["content"], "reference": reference(tokenizer, messages)}
+        except (ValueError, TemplateError) as error:
+            named = error if isinstance(error, chat_rows.BadRow) else chat_rows.BadRow(f"{place}: {error}")
+            row["problem"] = chat_rows.skipped(named, chat_args)
         rows.append(row)
     return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def reference(tokenizer, messages) -> str | None:
+    """The last message as text to compare an answer with: a call of tools as the model writes it."""
+    if not messages[-1].get("tool_calls"):
+        return messages[-1]["content"]
+    ids = reply_ids(tokenizer, messages, prompt_ids(tokenizer, messages[:-1]))
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def chat_collator(model, tokenizer, chat_args, training_args):

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers
-from tokenizers.models import BPE
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE, Unigram
 from transformers.utils import cached_file
 
 from .configuration_chatglm import SECOND_GENERATION, generation_of
+from .sentencepiece_files import KINDS, cuts_of, names_not_in_text, normalizers_of, read_model, unigram_pieces
 from .tokenization_chatglm_6b import VOCAB_FILES_NAMES as FIRST_VOCAB_FILES_NAMES
 from .tokenization_chatglm_6b import ChatGLM6BTokenizer
 from .tokenization_parts import ROLE_TOKENS, Part, PartsTokenizer, config_beside, is_trained, new_tokens, turns_of
@@ -86,22 +87,33 @@ def merges_of(scores: dict[str, float]) -> list[tuple[str, str]]:
     return merges
 
 
-def backend_from_sentencepiece(vocab_file: str, generation: str) -> Tokenizer:
-    """The published tokenizer.model, followed by the special tokens of the generation, as a `tokenizers` backend."""
-    model = SentencePieceProcessor(model_file=vocab_file)
-    pieces = [model.id_to_piece(index) for index in range(len(model))]
-    named = [piece for index, piece in enumerate(pieces) if model.is_control(index) or model.is_unknown(index)]
-    scores = {
-        piece: model.get_score(index)
-        for index, piece in enumerate(pieces)
-        if piece not in named and not model.is_byte(index)
-    }
-    appended = [*APPENDED, *ROLES[generation].values()]
-    vocabulary = {piece: index for index, piece in enumerate([*pieces, *appended])}
+def bpe_model(proto, appended: list[str]) -> BPE:
+    """The BPE model of a SentencePiece file, with `appended` tokens behind its pieces."""
+    kinds = proto.SentencePiece
+    not_in_text = (kinds.CONTROL, kinds.UNKNOWN, kinds.BYTE)
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type not in not_in_text}
+    names = [*(piece.piece for piece in proto.pieces), *appended]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    return BPE(vocabulary, merges_of(scores), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
 
-    backend = Tokenizer(BPE(vocabulary, merges_of(scores), unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    # Not Metaspace: it leaves out the leading blank where the text begins with one.
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+
+def backend_from_sentencepiece(vocab_file: str, generation: str) -> Tokenizer:
+    """A tokenizer.model, followed by the special tokens of the generation, as a `tokenizers` backend.
+
+    The published files are BPE; vocabularies of people's own may be unigram.
+    """
+    proto = read_model(vocab_file, ("bpe", "unigram"))
+    kinds = proto.SentencePiece
+    named = [piece.piece for piece in proto.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]
+    appended = [*APPENDED, *ROLES[generation].values()]
+    if KINDS[proto.trainer_spec.model_type] == "bpe":
+        backend = Tokenizer(bpe_model(proto, appended))
+    else:  # which finds all its pieces in text: the appended tokens follow below, beside the model
+        fallback = any(piece.type == kinds.BYTE for piece in proto.pieces)
+        backend = Tokenizer(Unigram(unigram_pieces(proto), proto.trainer_spec.unk_id, byte_fallback=fallback))
+        cuts = cuts_of(names_not_in_text(proto), SentencePieceProcessor(model_proto=proto.SerializeToString()))
+        backend.pre_tokenizer = pre_tokenizers.Split(cuts, "merged_with_previous")
+    backend.normalizer = normalizers.Sequence(normalizers_of(proto.normalizer_spec))
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

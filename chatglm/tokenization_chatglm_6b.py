@@ -1,16 +1,15 @@
 """Tokenizer of the first ChatGLM-6B, with its published prompt as chat template."""
 
 import os
-import re
 import shutil
-from collections import defaultdict
 
 import numpy as np
-from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import Unigram
 from transformers.utils import PaddingStrategy
 
+from .sentencepiece_files import cuts_of, names_not_in_text, normalizers_of, read_model, unigram_pieces
 from .tokenization_parts import Part, PartsTokenizer, config_beside, is_trained, new_tokens, turns_of
 
 
@@ -43,53 +42,18 @@ CHAT_TEMPLATE = """\
 {%- if messages[-1]['role'] == 'assistant' -%}{{- messages[-1]['content'] -}}{%- endif -%}"""
 
 
-def cuts_of(names: list[str], model: SentencePieceProcessor) -> Regex:
-    """Where to cut the names of pieces that must not be found in text: after the piece that SentencePiece begins with.
-
-    A Unigram backend finds all its pieces, but SentencePiece only those of text and the user's symbols.
-    """
-    tails = defaultdict(set)
-    for name in names:
-        pieces = (piece.removeprefix("▁") for piece in model.encode(name, out_type=str))
-        first = next(piece for piece in pieces if piece)
-        cut = len(first) if name.startswith(first) and first != name else 1  # 1: a byte piece, of one character
-        tails[name[:cut]].add(re.sub(r"^(.*image_)\d+>$", r"\1\\d+>", re.escape(name[cut:])))
-    heads = (f"{re.escape(head)}(?={'|'.join(sorted(ends))})" for head, ends in tails.items())
-    return Regex("|".join(heads))
-
-
 def backend_from_sentencepiece(vocab_file: str, num_image_tokens: int) -> Tokenizer:
     """The published ice_text.model after `num_image_tokens` <image_N> tokens, as a `tokenizers` backend."""
-    proto = sentencepiece_model_pb2.ModelProto()
-    with open(vocab_file, "rb") as file:
-        proto.ParseFromString(file.read())
-    kinds = proto.SentencePiece
-    best = max(piece.score for piece in proto.pieces if piece.type == kinds.NORMAL)
-    worst = min(piece.score for piece in proto.pieces if piece.type == kinds.NORMAL)
-
-    vocabulary = [(f"<image_{index}>", worst) for index in range(num_image_tokens)]
-    for piece in proto.pieces:
-        if piece.type == kinds.USER_DEFINED:  # SentencePiece's bonus, by which it always chooses these
-            vocabulary.append((piece.piece, len(piece.piece) * best - 0.1))
-        else:
-            vocabulary.append((piece.piece, piece.score if piece.type == kinds.NORMAL else worst))
-    named = [piece.piece for piece in proto.pieces if piece.type not in (kinds.NORMAL, kinds.USER_DEFINED)]
+    proto = read_model(vocab_file, ("unigram",))
+    pieces = unigram_pieces(proto)
+    worst = min(score for _, score in pieces)
+    vocabulary = [(f"<image_{index}>", worst) for index in range(num_image_tokens)] + pieces
+    named = names_not_in_text(proto)
     named += [f"<image_{index}>" for index in range(min(num_image_tokens, 10))]  # their digits are all cut alike
 
     backend = Tokenizer(Unigram(vocabulary, unk_id=num_image_tokens + proto.trainer_spec.unk_id, byte_fallback=True))
-    backend.normalizer = normalizers.Sequence(
-        [
-            *(normalizers.Replace(text, token) for text, token in WHITESPACE.items()),
-            # Precompiled loses what follows a mapped character in one grapheme, as the joiner in "½\u200d". A control
-            # character keeps the two apart, and Precompiled removes it.
-            normalizers.Replace(Regex(r"(?<=[^\x00-\x7f])(?=[\p{M}\u200d])"), "\x01"),
-            normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap),
-            normalizers.NFC(),  # Precompiled leaves long graphemes in parts, as half-width ガ
-            normalizers.Replace(Regex("^ +| +$"), ""),
-            normalizers.Replace(Regex(" +"), "▁"),
-            normalizers.Prepend("▁"),
-        ]
-    )
+    blanks = [normalizers.Replace(text, token) for text, token in WHITESPACE.items()]
+    backend.normalizer = normalizers.Sequence([*blanks, *normalizers_of(proto.normalizer_spec)])
     cuts = cuts_of(named, SentencePieceProcessor(model_proto=proto.SerializeToString()))
     backend.pre_tokenizer = pre_tokenizers.Split(cuts, "merged_with_previous")
     backend.decoder = decoders.Sequence(

@@ -1,34 +1,47 @@
-"""From files to rows: which files a flag names, and the rows of each with their place in it.
+"""From flags to rows: which files a flag names, and the rows of all of them as a data set."""
 
-A row is {"row", "place", "problem"}: its JSON text, its file and line, and why it cannot be read (None: it can).
-"""
-
-import csv
 import glob
-import json
-from collections.abc import Iterator
-from io import StringIO
 from pathlib import Path
 
 import datasets
 
+from . import file_rows
 
-FILE_BUILDERS = {"csv": "csv", "json": "json", "jsonl": "json", "txt": "text", "parquet": "parquet"}
-READ_HERE = (".json", ".jsonl", ".csv")  # row by row; Arrow would unify nested columns, and knows no lines
+
+FILE_BUILDERS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "txt": "text", "parquet": "parquet"}
+FILE_TYPES = (*FILE_BUILDERS, "xlsx")
 ROW_FEATURES = datasets.Features({name: datasets.Value("string") for name in ("row", "place", "problem")})
 
 
-def file_builder(files):
-    """The `datasets` builder for files, given by flag, that must be of one known type; None if there is no file."""
-    found = {}  # builder: the first flag and file that need it
+def check_types(files):
+    """Raise a ValueError if files of flags, {flag: value}, are of no known type, or txt stands beside others."""
+    found = {}  # whether it is txt: the first flag and file
     for flag, path in [(flag, path) for flag, value in files.items() if value for path in listed_files(value)]:
-        suffix = Path(path).suffix.lstrip(".")
-        if suffix not in FILE_BUILDERS:
-            raise ValueError(f"{flag} {path}: the file must end in one of .{', .'.join(FILE_BUILDERS)}.")
-        found.setdefault(FILE_BUILDERS[suffix], f"{flag} {path}")
+        kind = file_rows.type_of(path)
+        if kind not in FILE_TYPES:
+            known = ", .".join(FILE_TYPES)
+            raise ValueError(f"{flag} {path}: the file must end in one of .{known}; .gz, .bz2, .xz, .zst may follow.")
+        found.setdefault(kind == "txt", f"{flag} {path}")
     if len(found) > 1:
-        raise ValueError(f"All files must be of one type: {', '.join(found.values())}.")
-    return next(iter(found), None)
+        raise ValueError(f"Plain text and rows do not go together: {', '.join(found.values())}.")
+
+
+def builder_options(files) -> tuple[str, dict]:
+    """What `load_dataset` reads files of plain text with, {split: paths}: the builder, and options for csv files.
+
+    Raises a ValueError if they are not of one type.
+    """
+    paths = [path for each in files.values() for path in each]
+    builders = {FILE_BUILDERS.get(file_rows.type_of(path), "xlsx"): path for path in paths}
+    if len(builders) > 1:
+        raise ValueError(f"As plain text, all files must be of one type: {', '.join(builders.values())}.")
+    if "xlsx" in builders:
+        raise ValueError(f"{paths[0]}: a workbook can hold conversations, not plain text: save it as csv.")
+    (builder,) = builders
+    separators = {file_rows.separator_of(path) for path in paths} if builder == "csv" else {","}
+    if len(separators) > 1:
+        raise ValueError(f"The cells of {', '.join(paths)} are parted by different characters: {sorted(separators)}.")
+    return builder, {} if separators == {","} else {"sep": separators.pop()}
 
 
 def listed_files(value) -> list[str]:
@@ -53,8 +66,8 @@ def files_in(folder, config_name=None) -> dict[str, list[str]]:
 
 
 def read_here(paths) -> bool:
-    """Whether all files are read by `read_rows`."""
-    return all(Path(path).suffix in READ_HERE and "://" not in path for path in paths)
+    """Whether all files are read by `read_rows`: row by row, since Arrow unifies nested columns and knows no lines."""
+    return all(file_rows.type_of(path) in file_rows.READERS and "://" not in path for path in paths)
 
 
 def check_files(paths):
@@ -67,96 +80,13 @@ def dataset_of_rows(paths, streaming, cache_dir):
     """A data set with the columns row (as JSON), place (file and line) and problem (why it cannot be read)."""
     check_files(paths)
     if streaming:
-        return datasets.IterableDataset.from_generator(read_rows, ROW_FEATURES, gen_kwargs={"paths": paths})
+        return datasets.IterableDataset.from_generator(file_rows.read_rows, ROW_FEATURES, gen_kwargs={"paths": paths})
     # What the cache knows a file by: another size or time of change makes it another file.
     states = [(Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in paths]
     arguments = {"paths": paths, "states": states}
     try:
-        return datasets.Dataset.from_generator(read_rows, ROW_FEATURES, cache_dir=cache_dir, gen_kwargs=arguments)
+        return datasets.Dataset.from_generator(
+            file_rows.read_rows, ROW_FEATURES, cache_dir=cache_dir, gen_kwargs=arguments
+        )
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ from None  # the sentence that was raised in read_rows
-
-
-def read_rows(paths, states=None) -> Iterator[dict]:
-    """The rows of csv, json and jsonl files. Raises a ValueError that names the file, and the line if there is one."""
-    for path in paths:
-        rows = 0
-        for rows, row in enumerate((csv_rows if path.endswith(".csv") else json_rows)(path), 1):  # noqa: B007
-            yield row
-        if not rows:
-            raise ValueError(f"{path} has no rows: it is empty.")
-
-
-def json_rows(path) -> Iterator[dict]:
-    """The rows of a file with a JSON object in each line, or with one JSON list of objects."""
-    with open(path, "rb") as file:
-        check_byte_order(path, start := file.read(4096))
-        file.seek(0)
-        if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-            yield from listed_rows(path, decoded(path, file.read()))
-            return
-        for number, line in enumerate(file, 1):
-            place = f"{path}, line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                text, problem = line.decode("utf-8", "replace"), f"{place}, byte {error.start + 1}: {not_utf8(path)}"
-                yield {"row": text, "place": place, "problem": problem}
-                continue
-            if text:
-                yield {"row": text, "place": place, "problem": None}
-
-
-def listed_rows(path, text) -> Iterator[dict]:
-    """The elements of a JSON list, each with the line where it begins."""
-    decoder, position, line = json.JSONDecoder(), text.index("[") + 1, 1
-    counted = 0  # up to here the lines are counted
-    while True:
-        while position < len(text) and text[position] in " \t\r\n,":
-            position += 1
-        if text[position : position + 1] == "]":
-            return
-        line, counted = line + text.count("\n", counted, position), position
-        try:
-            _, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}.") from None
-        yield {"row": text[position:end], "place": f"{path}, line {line}", "problem": None}
-        position = end
-
-
-def csv_rows(path) -> Iterator[dict]:
-    """The rows of a csv file with a header; every cell is text."""
-    csv.field_size_limit(2**31 - 1)
-    with open(path, "rb") as file:
-        check_byte_order(path, content := file.read())
-    reader = csv.DictReader(StringIO(decoded(path, content), newline=""), restkey="", strict=True)
-    try:
-        for row in reader:
-            place, problem = f"{path}, line {reader.line_num}", None
-            if "" in row or None in row.values():
-                problem = f"{place}: the number of cells differs from the header's, {len(reader.fieldnames)}."
-            yield {"row": json.dumps(row, ensure_ascii=False), "place": place, "problem": problem}
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not csv: {error}.") from error
-
-
-def decoded(path, content) -> str:
-    """The text of a whole file, without its byte order mark."""
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: {not_utf8(path)}") from None
-
-
-def check_byte_order(path, start):
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError(
-            f"{path} is UTF-16. Save it as UTF-8: iconv -f UTF-16 -t UTF-8 {path} > utf8-{Path(path).name}"
-        )
-
-
-def not_utf8(path) -> str:
-    name = Path(path).name
-    return f"not UTF-8. If it is a Chinese encoding: iconv -f GB18030 -t UTF-8 {name} > utf8-{name}"

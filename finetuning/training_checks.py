@@ -17,7 +17,7 @@ from .launching import on_any_process
 logger = logging.getLogger("run_chatglm_lora.checks")
 
 EXCERPT_TOKENS = 40  # of each row of a batch whose loss is not finite
-EXAMPLE_TOKENS = 1000  # of the first example, more are not logged
+EXAMPLE_TOKENS = 1000  # of the first example, half at each end; more are not logged
 EXAMPLE_LINES = 5  # at its beginning and at its end
 
 
@@ -103,9 +103,17 @@ class TrainingChecks(TrainerCallback):
 
 
 def marked_text(tokenizer, example) -> str:
-    """The text of an encoded example, with 【 and 】 around each run of tokens that are trained."""
+    """The text of an encoded example, with 【 and 】 around each run of tokens that are trained.
+
+    Of a long one the beginning and the end are shown.
+    """
+    ids, labels = list(example["input_ids"]), list(example["labels"])
+    if (hidden := len(ids) - EXAMPLE_TOKENS) > 0:
+        half = EXAMPLE_TOKENS // 2
+        parts = ({"input_ids": ids[part], "labels": labels[part]} for part in (slice(half), slice(-half, None)))
+        return f" ... ({hidden} tokens) ... ".join(marked_text(tokenizer, part) for part in parts)
     runs = []  # [(ids, is trained)]
-    for token, label in zip(example["input_ids"][:EXAMPLE_TOKENS], example["labels"], strict=False):
+    for token, label in zip(ids, labels, strict=True):
         trained = label != IGNORE_INDEX
         if not runs or runs[-1][1] != trained:
             runs.append(([], trained))

@@ -59,7 +59,7 @@ STAGES = [
     Stage(
         "arguments",
         "parser parser.parse_json_file parser.parse_args_into_dataclasses",
-        "parsed_arguments parsed_file file_arguments file_builder listed_files argument ModelArguments "
+        "parsed_arguments parsed_file file_arguments check_types builder_options listed_files argument ModelArguments "
         "DataTrainingArguments ChatArguments LoraArguments",
         "Arguments",
     ),
@@ -94,7 +94,7 @@ STAGES = [
         "group_texts lm_datasets train_dataset eval_dataset",
         "chats_as_ids text_blocks check_text column_names mapped capped chosen_block_size sample_limits "
         "requested_splits within_positions EncodedChats encoded_chats encoded_split encoding_fingerprint encoded_rows "
-        "encoded_prompts examples_of encoded_conversations without_oldest_turns marked_ids ids_by_turn reply_ids "
+        "encoded_prompts examples_of encoded_conversations without_oldest_turns marked_ids examples_by_turn reply_ids "
         "answers_apart templated",
         "Encoding",
     ),
@@ -168,7 +168,7 @@ ERRORS = {
     "encoding: tokenized_datasets": ("check_splits", "Data"),
 }
 # The modules of finetuning/ in which functions of the table lie.
-ROOMS = {"argument_files", "data_files", "provenance", "scores", "screen"}
+ROOMS = {"argument_files", "data_files", "file_rows", "provenance", "scores", "screen"}
 # Calls that are compared: of these libraries, and of the objects that upstream makes with them.
 LIBRARIES = ("transformers", "datasets", "evaluate", "peft")
 OBJECTS = ["parser", "training_args", "config", "tokenizer", "model", "metric", "trainer"]

@@ -3,10 +3,11 @@
 import json
 import logging
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
-from tiny import CHAT_FLAGS, CHATS, results, write_jsonl
+from tiny import CHAT_FLAGS, CHATS, results, said, write_jsonl
 from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
 import chatglm  # noqa: F401
@@ -26,12 +27,7 @@ from run_chatglm_lora import (
 
 ROW = RowFormat("prompt_response", "prompt", "response", "history")
 ARGS = ChatArguments(prompt_column="prompt", response_column="response", history_column="history")
-TURNS = [
-    {"role": "user", "content": "你好"},
-    {"role": "assistant", "content": "你好，我是小茶。"},
-    {"role": "user", "content": "有绿茶吗？"},
-    {"role": "assistant", "content": "有龙井。"},
-]
+TURNS = said("你好", "你好，我是小茶。", "有绿茶吗？", "有龙井。")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +53,7 @@ def glm4(glm4_checkpoint):
 def encoded(tokenizer, messages, args=ARGS):
     """The examples of one conversation."""
     conversations = up_to_answers(messages, answers_apart(tokenizer))
-    return list(encoded_conversations(tokenizer, conversations, args))
+    return list(chain.from_iterable(encoded_conversations(tokenizer, conversations, args)))
 
 
 def trained_ids(example):
@@ -130,7 +126,7 @@ SPECIAL = {"glm1": "<eop>", "glm2": "</s>", "glm3": "<|assistant|>", "glm4": "<|
 def test_special_token_text_in_a_message_stays_text(name, request):
     tokenizer = request.getfixturevalue(name)
     special = {SPECIAL[name]: 1 if name != "glm4" else 2, "[gMASK]": 1}  # GLM-4's <|user|> opens and closes
-    messages = [{"role": "user", "content": "".join(special)}, {"role": "assistant", "content": "好"}]
+    messages = said("".join(special), "好")
     (example,) = encoded(tokenizer, messages)
     for token, count in special.items():
         assert example["input_ids"].count(tokenizer.convert_tokens_to_ids(token)) == count
@@ -139,7 +135,7 @@ def test_special_token_text_in_a_message_stays_text(name, request):
 @pytest.mark.parametrize("name", ["glm3", "glm2", "tokenizer"])
 def test_long_history_loses_its_oldest_turns_and_keeps_question_and_cue(name, request):
     tokenizer = request.getfixturevalue(name)
-    old = [{"role": "user", "content": "旧" * 30}, {"role": "assistant", "content": "话" * 30}]
+    old = said("旧" * 30, "话" * 30)
     limit = len(prompt_ids(tokenizer, TURNS[:3]))
     assert without_oldest_turns(tokenizer, old + TURNS, limit) == TURNS
     assert without_oldest_turns(tokenizer, old + TURNS, limit - 1) == TURNS[2:]
@@ -148,8 +144,8 @@ def test_long_history_loses_its_oldest_turns_and_keeps_question_and_cue(name, re
 @pytest.mark.parametrize("name", ["glm3", "glm2", "tokenizer"])
 def test_too_long_question_is_shortened_within_the_prompt_format(name, request):
     tokenizer = request.getfixturevalue(name)
-    system = {"role": "system", "content": "简短。"}
-    messages = [system, {"role": "user", "content": "绿茶" * 200}, {"role": "assistant", "content": "好。"}]
+    system = {"role": "system", "content": "简短。", "loss": False}
+    messages = [system, *said("绿茶" * 200, "好。")]
     args = ChatArguments(prompt_column="prompt", max_source_length=90)
     (example,) = encoded(tokenizer, messages, args)
     shortened = without_oldest_turns(tokenizer, messages, 90)
@@ -167,7 +163,7 @@ def test_limit_below_the_prompt_format_is_refused(glm3):
 @pytest.mark.parametrize("name", ["glm3", "tokenizer"])
 def test_cut_answer_still_ends(name, request):
     tokenizer = request.getfixturevalue(name)
-    messages = [{"role": "user", "content": "说"}, {"role": "assistant", "content": "好茶" * 50}]
+    messages = said("说", "好茶" * 50)
     whole = trained_ids(encoded(tokenizer, messages, ARGS)[-1])
     args = ChatArguments(prompt_column="prompt", max_target_length=10)
     cut = encoded(tokenizer, messages, args)[-1]

@@ -3,20 +3,22 @@
 import json
 import logging
 import shutil
+from itertools import chain
 
 import pytest
 from goldens_io import GOLDENS, recorded_texts
-from tiny import CHAT_FLAGS, CHATML, results, write_jsonl
+from tiny import CHAT_FLAGS, CHATML, results, said, write_jsonl
 from transformers import AutoTokenizer
 
 from chatglm import ChatGLM6BTokenizer, ChatGLMTokenizer
-from finetuning.chat_rows import RowFormat, as_template_takes_them, conversation
+from finetuning.chat_rows import RowFormat, as_template_takes_them, conversation, split_where_refused
 from run_chatglm_lora import (
     IGNORE_INDEX,
     ChatArguments,
     answers_apart,
     encoded_conversations,
     encoded_prompts,
+    is_complete,
     prompt_ids,
     up_to_answers,
 )
@@ -40,7 +42,7 @@ def encoded(tokenizer, row, row_format, source=1000, target=1000):
     """The examples of a row."""
     args = ChatArguments(max_source_length=source, max_target_length=target)
     pieces = up_to_answers(conversation(row, row_format, ""), answers_apart(tokenizer))
-    return list(encoded_conversations(tokenizer, pieces, args))
+    return list(chain.from_iterable(encoded_conversations(tokenizer, pieces, args)))
 
 
 def recorded_rows(golden):
@@ -202,3 +204,67 @@ def test_two_processes_encode_as_one(run, chatglm3, chats):
     counts = [results(run(flags, "--overwrite_cache", more), "train")["train_loss"]
               for more in ([], ["--preprocessing_num_workers", 2])]  # fmt: skip
     assert counts[0] == counts[1]
+
+
+# As Qwen3's and GLM-4.5's: a thought is shown only behind the last question.
+THINKING = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% if m.reasoning_content and loop.index0 > ns.last %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content.split('</think>')[-1] if loop.index0 < ns.last else m.content }}{% else %}{{ m.content }}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def trained_texts(tokenizer, messages):
+    examples = encoded(tokenizer, {"conversations": messages}, CONVERSATIONS)
+    return [tokenizer.decode([label for label in each["labels"] if label != IGNORE_INDEX]) for each in examples]
+
+
+def test_every_answer_is_trained_with_its_thought_where_the_history_loses_them(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", THINKING)
+    talk = said("q", "<think>t</think>a", "r", "<think>u</think>b")
+    assert trained_texts(tokenizer, talk) == ["<think>t</think>a<|im_end|>\n", "<think>u</think>b<|im_end|>\n"]
+    plain = said("q", "a", "r", "b")
+    assert trained_texts(tokenizer, plain) == ["a<|im_end|>\nb<|im_end|>\n"], "one example where nothing is lost"
+
+
+def test_reasoning_content_is_written_as_the_template_writes_it_or_refused(tokenizer, tokenizers, monkeypatch):
+    question, answer = said("q", "a")
+    talk = [question, {**answer, "reasoning_content": "t"}]
+    with pytest.raises(ValueError, match="no place for reasoning_content"):
+        trained_texts(tokenizer, talk)
+    with pytest.raises(ValueError, match="no place for reasoning_content"):
+        trained_texts(tokenizers["v3"], talk)
+    monkeypatch.setattr(tokenizer, "chat_template", THINKING)
+    assert trained_texts(tokenizer, talk) == ["<think>t</think>a<|im_end|>\n"]
+
+
+def test_content_that_a_template_leaves_out_is_noticed(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML.replace("m.content", "m.content.split('</think>')[-1]"))
+    (example,) = encoded(tokenizer, {"conversations": said("q", "<think>t</think>a")}, CONVERSATIONS)
+    (whole,) = encoded(tokenizer, {"conversations": said("q", "a")}, CONVERSATIONS)
+    assert example["left_out"] and not whole["left_out"]
+
+
+def test_calls_stay_one_message_unless_the_template_takes_one_at_a_time(tokenizer, monkeypatch):
+    calls = [{"type": "function", "function": {"name": name, "arguments": {}}} for name in "fg"]
+    talk = [*said("q"), {"role": "assistant", "content": "", "loss": True, "tool_calls": calls}]
+    written = "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}{{ m.content }}"
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML.replace("{{ m.content }}", written))
+    assert split_where_refused(talk, tokenizer) == talk
+    refusal = "{% if m.tool_calls and m.tool_calls | length > 1 %}{{ raise_exception('one call') }}{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML.replace("{{ m.content }}", refusal + written))
+    assert [m["tool_calls"] for m in split_where_refused(talk, tokenizer)[1:]] == [calls[:1], calls[1:]]
+
+
+def test_reference_that_is_a_call_is_what_the_model_writes(tokenizers):
+    talk = [*said("q"), {"role": "assistant", "tool_calls": [{"function": CALL}]}]
+    prompts = encoded_prompts({"conversations": [talk]}, [0], tokenizers["v3"], CONVERSATIONS, ChatArguments(), "test")
+    assert "tool_call(n=3, c='高')" in prompts["reference"][0] and prompts["prompt"] == ["q"]
+
+
+def test_conversation_with_an_empty_answer_is_incomplete():
+    assert not is_complete(said("q", "", "r", "b"))
+    assert not is_complete(said("q", None, "r", "b"))
+    assert is_complete(said("q", "a"))

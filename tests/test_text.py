@@ -216,3 +216,9 @@ def test_block_size_follows_tokenizer_and_model(block_size, longest, positions, 
     args = run_chatglm_lora.DataTrainingArguments(train_file="a.txt", block_size=block_size)
     config = GPT2Config(n_positions=positions)
     assert run_chatglm_lora.chosen_block_size(args, tokenizer, config) == expected
+
+
+def test_stream_of_one_text_file_is_split_as_upstream_splits_it(run, llama, text_files):
+    flags = ["--model_name_or_path", llama, "--train_file", text_files / "train.txt", "--block_size", 32]
+    folder = run(flags, "--no_use_lora", "--streaming", "--do_train", "--max_steps", 2)
+    assert len(losses(folder)) == 2

@@ -11,6 +11,7 @@ from tiny import CHAT_FLAGS
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import chatglm  # noqa: F401
+from finetuning.batches import IGNORE_INDEX
 from finetuning.training_checks import (
     TrainingChecks,
     batch_texts,
@@ -160,3 +161,10 @@ def test_rows_of_a_batch_are_shown_without_padding_and_flattened_ones_apart():
 
 def test_loss_that_trainer_computes_itself_is_no_obstacle(run, flags):
     run(flags, "--label_smoothing_factor", 0.1, "--max_steps", 2)
+
+
+def test_long_first_example_shows_both_ends(tokenizer):
+    ids = tokenizer("a" * 600 + " door " + "b" * 900)["input_ids"]
+    example = {"input_ids": ids, "labels": [IGNORE_INDEX] * (len(ids) - 1) + ids[-1:]}
+    shown = marked_text(tokenizer, example)
+    assert shown.startswith("aaa") and shown.endswith("】") and f"({len(ids) - 1000} tokens)" in shown

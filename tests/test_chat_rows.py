@@ -5,11 +5,12 @@ import logging
 
 import pytest
 from datasets import Dataset
-from tiny import results, write_jsonl
+from tiny import ROOT, results, said, write_jsonl
 
 import run_chatglm_lora
-from finetuning.chat_rows import BadRow, RowFormat, columns_of_rows, conversation, format_of
-from finetuning.data_files import listed_files, read_rows
+from finetuning import chat_rows
+from finetuning.chat_rows import KNOWN_COLUMNS, BadRow, RowFormat, columns_of_rows, conversation, format_of
+from finetuning.file_rows import read_rows
 from run_chatglm_lora import ChatArguments
 
 
@@ -18,15 +19,6 @@ PAIR = RowFormat("prompt_response", "prompt", "response", "history")
 INSTRUCTION = RowFormat("instruction", "instruction", "output", "history")
 MESSAGES = RowFormat("messages", messages="messages")
 WEATHER = {"name": "get_weather", "description": "天气", "parameters": {"type": "object", "default": None}}
-
-
-def said(*contents):
-    """Messages of user and assistant in turn."""
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
-
-
-def rows(path):
-    return [(json.loads(row["row"]), row["place"].removeprefix(f"{path}, ")) for row in read_rows([str(path)])]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +74,7 @@ def test_instruction_and_input_are_joined_by_a_newline(empty):
 
 def test_system_message_is_the_row_s_own_or_that_of_the_flag():
     row, role = {"instruction": "谁", "output": "臣妾"}, {"role": "system", "content": "你是甄嬛"}
-    assert conversation(row, INSTRUCTION, "", "你是甄嬛") == [role, *said("谁", "臣妾")]
+    assert conversation(row, INSTRUCTION, "", "你是甄嬛") == [{**role, "loss": False}, *said("谁", "臣妾")]
     assert conversation({**row, "system": "你是皇帝"}, INSTRUCTION, "", "你是甄嬛")[0]["content"] == "你是皇帝"
 
 
@@ -98,7 +90,7 @@ def test_sharegpt_and_openai_rows_are_the_same_conversation():
     messages = conversation({"messages": openai}, MESSAGES, "")
     assert messages == conversation(sharegpt, RowFormat("messages", messages="conversations"), "")
     assert messages[1]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": {"city": "北京"}}
-    assert messages[2] == {"role": "observation", "content": "22 度"}
+    assert messages[2] == {"role": "observation", "content": "22 度", "loss": False}
 
 
 def test_tool_turn_is_a_call_and_an_observation():
@@ -106,14 +98,15 @@ def test_tool_turn_is_a_call_and_an_observation():
     call, observation = conversation({"messages": [*said("q"), turn]}, MESSAGES, "")[1:]
     assert (call["role"], call["loss"]) == ("assistant", False)
     assert call["tool_calls"][0]["function"] == {"name": "f", "arguments": {"n": 3}}
-    assert observation == {"role": "observation", "content": '{"t": "高"}'}
+    assert observation == {"role": "observation", "content": '{"t": "高"}', "loss": False}
 
 
 @pytest.mark.parametrize("system", [[], [{"role": "system", "content": "简短"}]])
 def test_tools_of_a_row_stand_in_its_first_system_message(system):
     row = {"messages": [*system, *said("q", "a")], "tools": [WEATHER]}
     messages = conversation({"row": json.dumps(row), "place": "", "problem": None}, MESSAGES, "")
-    assert messages[0] == {"role": "system", "content": "简短" if system else "", "tools": [WEATHER]}
+    system = {"role": "system", "content": "简短" if system else "", "loss": False, "tools": [WEATHER]}
+    assert messages[0] == system
     assert messages[1:] == said("q", "a")
 
 
@@ -133,7 +126,7 @@ PLACE = r"train row 7, column 'messages', message 2: "
 @pytest.mark.parametrize(
     "row, row_format, sentence",
     [
-        ({"prompt": 5, "response": "a"}, PAIR, r"column 'prompt': 5 \(a number\) is found, text is expected"),
+        ({"prompt": {"n": 5}, "response": "a"}, PAIR, r"column 'prompt': .* \(an object\) is found, text is expected"),
         ({"prompt": "q", "response": ["a"]}, PAIR, r"column 'response': \[\"a\"\] \(a list\) is found"),
         ({"prompt": "q", "respnse": "a"}, PAIR, "no column 'response' but .* Did you mean 'respnse'"),
         ({"prompt": "q", "response": "a", "history": [["x"]]}, PAIR, r"column 'history': .* \(a list\) is not a"),
@@ -144,9 +137,9 @@ PLACE = r"train row 7, column 'messages', message 2: "
         ({"messages": [*said("q"), "a"]}, MESSAGES, PLACE + r'"a" \(text\) is found, an object with role and content'),
         ({"messages": [*said("q"), {"role": "asistant", "content": "a"}]}, MESSAGES,
          PLACE + "the role 'asistant' is not one of .* Did you mean 'assistant'"),
-        ({"messages": [*said("q"), {"role": "assistant", "content": 4}]}, MESSAGES, PLACE + "4 .* is found"),
-        ({"messages": [*said("q"), {"role": "assistant", "content": "a", "loss": 1}]}, MESSAGES,
-         PLACE + "loss must be true or false"),
+        ({"messages": [*said("q"), {"role": "assistant", "content": {}}]}, MESSAGES, PLACE + "{} .* is found"),
+        ({"messages": [*said("q"), {"role": "assistant", "content": "a", "loss": 0.5}]}, MESSAGES,
+         PLACE + "loss must be true, false, 1 or 0"),
         ({"messages": [*said("q"), {"role": "system", "content": "s"}]}, MESSAGES,
          PLACE + "a system message stands first, and there is one at most"),
         ({"messages": [*said("q"), {"role": "tool", "parameters": {}}]}, MESSAGES, PLACE + "a call needs a name"),
@@ -157,47 +150,6 @@ PLACE = r"train row 7, column 'messages', message 2: "
 def test_bad_row_is_named_by_place_column_and_what_is_expected(row, row_format, sentence):
     with pytest.raises(BadRow, match="train row 7.*" + sentence.removeprefix("train row 7")):
         conversation(row, row_format, "train row 7")
-
-
-def test_json_lines_and_lists_give_the_same_rows_and_their_lines(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"n": "\xe4\xbd\xa0"}\r\n\n {"n": 2}')
-    (tmp_path / "a.json").write_text('[\n  {"n": "你"},\n\n  {"n": 2}\n]', encoding="utf-8")
-    assert rows(tmp_path / "a.jsonl") == [({"n": "你"}, "line 1"), ({"n": 2}, "line 3")]
-    assert rows(tmp_path / "a.json") == [({"n": "你"}, "line 2"), ({"n": 2}, "line 4")]
-
-
-def test_cells_of_a_csv_file_are_text(tmp_path):
-    (tmp_path / "a.csv").write_text('prompt,response\n12,"a\nb"\n007,\n', encoding="utf-8-sig")
-    assert rows(tmp_path / "a.csv") == [
-        ({"prompt": "12", "response": "a\nb"}, "line 3"),
-        ({"prompt": "007", "response": ""}, "line 4"),
-    ]
-
-
-def test_one_flag_names_several_files_a_pattern_or_a_folder(tmp_path):
-    one, two = (write_jsonl(tmp_path / f"{name}.jsonl", [{"n": name}]) for name in "ab")
-    for value in (f"{one},{two}", str(tmp_path / "*.jsonl"), str(tmp_path)):
-        assert listed_files(value) == [one, two]
-    assert [json.loads(row["row"]) for row in read_rows([one, two])] == [{"n": "a"}, {"n": "b"}]
-    with pytest.raises(ValueError, match=r"\*.csv holds or matches no file"):
-        listed_files(str(tmp_path / "*.csv"))
-
-
-@pytest.mark.parametrize(
-    "name, content, sentence",
-    [
-        ("a.jsonl", b"", "a.jsonl has no rows: it is empty"),
-        ("a.json", b"[\n]", "a.json has no rows"),
-        ("a.json", b'[{"n": 1},\n {"n" 2}]', "a.json, line 2, column 7: not JSON"),
-        ("a.json", '[{"n": "你"}]'.encode("gb18030"), "a.json, line 1: not UTF-8. .* iconv -f GB18030 -t UTF-8"),
-        ("a.jsonl", '{"n": "你"}'.encode("utf-16"), "a.jsonl is UTF-16. Save it as UTF-8: iconv -f UTF-16"),
-        ("a.csv", b'p,r\nx,"y', "a.csv, line .: not csv"),
-    ],
-)
-def test_file_that_cannot_be_read_is_named_with_the_way_out(tmp_path, name, content, sentence):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=sentence):
-        list(read_rows([str(tmp_path / name)]))
 
 
 @pytest.mark.parametrize(
@@ -217,14 +169,14 @@ def test_broken_line_is_named(tmp_path, line, sentence):
 
 
 GOOD = {"messages": said("你好", "你好，我是小茶。"), "tools": None}
-BAD = [{"messages": said("问")}, {"messages": [{"role": "bot", "content": "答"}]}, {"mesages": []}]
+BAD = [{"messages": said("问")}, {"messages": [{"role": "boss", "content": "答"}]}, {"mesages": []}]
 UNTRAINED = {"messages": [*said("问"), {"role": "assistant", "content": "答", "loss": False}]}
 ODD_TURNS = {"messages": said("你好", "你好。")[:1] * 2 + said("", "好")[1:]}
 
 
 def test_bad_row_stops_the_run_with_its_line(run, chatglm3, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [GOOD, BAD[1]])
-    with pytest.raises(BadRow, match=r"rows.jsonl, line 2, column 'messages', message 1: the role 'bot'"):
+    with pytest.raises(BadRow, match=r"rows.jsonl, line 2, column 'messages', message 1: the role 'boss'"):
         run("--model_name_or_path", chatglm3, "--train_file", path, "--do_train")
 
 
@@ -288,3 +240,156 @@ def test_first_columns_decide_between_text_and_conversations(run, chatglm3, chat
     assert "Data format: RowFormat(kind='prompt_response', prompt='prompt'" in caplog.text
     run(flags, "--data_format", "text", "--block_size", 16, output="text")
     assert "Data format: text (--data_format text)" in caplog.text
+
+
+CONVERSATIONS = {
+    "query": ({"query": "q", "response": "a", "history": [["x", "y"]]}, said("x", "y", "q", "a")),
+    "completion": ({"prompt": "q", "completion": "a"}, said("q", "a")),
+    "lists": ({"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]},
+              said("q", "a")),
+    "question": ({"Question": "q", "Answer": "a"}, said("q", "a")),
+    "input": ({"input": "q", "output": "a"}, said("q", "a")),
+    "dolly": ({"instruction": "q", "context": "c", "response": "a"}, said("q\nc", "a")),
+    "chinese": ({"问题": "q", "回答": "a"}, said("q", "a")),
+    "bots": ({"conversations": [{"from": "user", "value": "q"}, {"from": "chatgpt", "value": "a"},
+                                {"from": "Human", "value": "r"}, {"from": "bing", "value": "b"}]},
+             said("q", "a", "r", "b")),
+    "capitals": ({"messages": [{"role": "User", "content": "q"}, {"role": "Assistant", "content": "a"}]},
+                 said("q", "a")),
+    "parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]},
+                            {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]}, said("q", "a")),
+    "history of messages": ({"prompt": "q", "response": "a", "history": [
+        {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, said("x", "y", "q", "a")),
+    "history of pairs": ({"prompt": "q", "response": "a", "history": [{"user": "x", "assistant": "y"}]},
+                         said("x", "y", "q", "a")),
+    "python": ({"prompt": "q", "response": "a", "history": "[['x', 'y']]"}, said("x", "y", "q", "a")),
+    "turns": ({"conversation": [{"system": "s", "input": "q", "output": "a"}]},
+              [{"role": "system", "content": "s", "loss": False}, *said("q", "a")]),
+    "system": ({"system": "s", "messages": said("q", "a")},
+               [{"role": "system", "content": "s", "loss": False}, *said("q", "a")]),
+}  # fmt: skip
+
+
+def read(text, **flags):
+    """The messages of a row that a file holds as this text."""
+    cells = {
+        "row": text if isinstance(text, str) else json.dumps(text, ensure_ascii=False),
+        "place": "",
+        "problem": None,
+    }
+    return conversation(cells, format_of({"train": columns_of_rows([cells])}, ChatArguments(**flags)), "")
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_rows_of_other_tools_are_the_conversations_that_they_mean(name):
+    row, messages = CONVERSATIONS[name]
+    assert read(row) == messages
+
+
+def test_system_column_counts_beside_named_columns_too():
+    row = {"system": "s", "q1": "q", "a1": "a"}
+    assert read(row, prompt_column="q1", response_column="a1")[0] == {"role": "system", "content": "s", "loss": False}
+
+
+@pytest.mark.parametrize("key, no, yes", [("weight", 0, 1), ("loss", 0, 1.0), ("train", False, True)])
+def test_message_says_by_any_known_key_whether_it_is_trained(key, no, yes):
+    first, wrong, second, right = said("q", "bad", "r", "good")
+    for message, value in ((wrong, no), (right, yes)):
+        del message["loss"]
+        message[key] = value
+    messages = read({"messages": [first, wrong, second, right]})
+    assert [message["loss"] for message in messages] == [False, False, False, True]
+    with pytest.raises(BadRow, match=f"{key} must be true, false, 1 or 0"):
+        read({"messages": [first, {**right, key: "yes"}]})
+
+
+def test_examples_in_a_prompt_of_messages_are_not_trained():
+    messages = read({"prompt": [*said("x", "y"), *said("q")], "completion": "a"})
+    assert [(m["content"], m["loss"]) for m in messages] == [("x", False), ("y", False), ("q", False), ("a", True)]
+
+
+def test_assistant_that_speaks_first_is_not_trained():
+    greeting = {"role": "assistant", "content": "hello"}
+    assert [m["loss"] for m in read({"messages": [greeting, *said("q", "a")]})] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "text, meant", [("2", "2"), ("2.50", "2.50"), ("1e3", "1e3"), ("true", "true"), ("NaN", None), ("null", None)]
+)
+def test_value_where_text_is_expected_is_what_the_file_writes(text, meant):
+    assert read(f'{{"instruction": "q", "output": {text}}}')[-1]["content"] == meant
+
+
+def test_two_calls_in_one_message_are_one_message():
+    calls = [{"id": f"c{n}", "function": {"name": "f", "arguments": f'{{"n": {n}}}'}} for n in (1, 2)]
+    talk = [*said("q"), {"role": "assistant", "content": None, "tool_calls": calls}]
+    *_, answer = read({"messages": talk})
+    assert [call["function"]["arguments"] for call in answer["tool_calls"]] == [{"n": 1}, {"n": 2}]
+    assert answer["tool_calls"][0]["id"] == "c1" and answer["loss"]
+
+
+@pytest.mark.parametrize(
+    "row, sentence",
+    [
+        ('{"instruction": "\\ud83d q", "output": "a"}', r"column 18: .*ud83d is half a character"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, *said("q", "a")[1:]]},
+            "type 'image_url'",
+        ),
+        ({"prompt": "q", "response": ["a", "b"]}, "--skip_bad_rows"),
+        ({"messages": said("q", "a"), "tools": "the weather"}, "column 'tools': .* is not JSON"),
+        (
+            {"system": "s", "messages": [{"role": "system", "content": "t"}, *said("q", "a")]},
+            "has a system message and",
+        ),
+        ({"messages": [*said("q"), {"role": "assistant", "content": "a", "loss": 1, "weight": 0}]}, "contradict"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(row, sentence):
+    with pytest.raises(BadRow, match=sentence):
+        read(row)
+
+
+def test_pair_of_escapes_is_a_character():
+    assert read('{"prompt": "\\ud83d\\ude00 \\\\ud83d", "response": "a"}')[0]["content"] == "\U0001f600 \\ud83d"
+
+
+def test_columns_without_known_names_are_no_text(run, chatglm3, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"ask": "q", "reply": "a"}] * 3)
+    with pytest.raises(ValueError, match=r"columns \['ask', 'reply'\], whose names are not known.*--prompt_column"):
+        run("--model_name_or_path", chatglm3, "--train_file", path, "--do_train")
+
+
+def test_row_that_is_one_message_is_no_text():
+    with pytest.raises(ValueError, match="each is a message and not a conversation"):
+        read({"role": "user", "content": "q"})
+
+
+def test_validation_rows_of_another_format_are_refused():
+    with pytest.raises(ValueError, match="validation data are not in the format of the train data"):
+        format_of({"train": ["messages"], "validation": ["prompt", "response"]}, ARGS)
+
+
+def test_documents_and_help_show_the_table_of_columns():
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    for names in (names for kind in KNOWN_COLUMNS.values() for names in kind):
+        assert f"`{'/'.join(names)}`" in page
+        assert "/".join(names) in ChatArguments.__dataclass_fields__["data_format"].metadata["help"]
+
+
+def test_files_are_mixed_by_shares_and_every_row_is_seen(tmp_path):
+    large = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"a{n}", "response": "r"} for n in range(60)])
+    small = write_jsonl(tmp_path / "b.jsonl", [{"prompt": f"b{n}", "response": "r"} for n in range(5)])
+    args = ChatArguments(interleave_probabilities="0.7,0.3")
+    raw, _ = chat_rows.read({"train": [large, small]}, args, False, str(tmp_path / "cache"))
+    prompts = [json.loads(row)["prompt"] for row in raw["train"]["row"]]
+    assert len(set(prompts)) == 65 and 0.2 < sum(p[0] == "b" for p in prompts) / len(prompts) < 0.4
+    args.interleave_probabilities = "0.7,0.2"
+    with pytest.raises(ValueError, match="2 numbers above 0 that add up to 1"):
+        chat_rows.read({"train": [large, small]}, args, False, str(tmp_path / "cache"))
+
+
+def test_too_few_rows_to_evaluate_on_are_a_sentence(run, chatglm3, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [GOOD, GOOD])
+    with pytest.raises(ValueError, match="--do_eval: too few training rows to hold any out"):
+        run("--model_name_or_path", chatglm3, "--train_file", path, "--do_eval")

@@ -1,0 +1,93 @@
+"""The rows of every type of file, with their places; every row arrives, or an error names file and line."""
+
+import bz2
+import gzip
+import json
+
+import pytest
+
+from finetuning.file_rows import read_rows
+
+
+def rows(path):
+    return [(json.loads(row["row"]), row["place"].removeprefix(f"{path}, ")) for row in read_rows([str(path)])]
+
+
+def test_json_lines_and_lists_give_the_same_rows_and_their_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"n": "\xe4\xbd\xa0"}\r\n\n {"n": 2}')
+    (tmp_path / "a.json").write_text('[\n  {"n": "你"},\n\n  {"n": 2}\n]', encoding="utf-8")
+    assert rows(tmp_path / "a.jsonl") == [({"n": "你"}, "line 1"), ({"n": 2}, "line 3")]
+    assert rows(tmp_path / "a.json") == [({"n": "你"}, "line 2"), ({"n": 2}, "line 4")]
+
+
+def test_cells_of_a_csv_file_are_text(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt,response\n12,"a\nb"\n007,\n', encoding="utf-8-sig")
+    assert rows(tmp_path / "a.csv") == [
+        ({"prompt": "12", "response": "a\nb"}, "line 3"),
+        ({"prompt": "007", "response": ""}, "line 4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "name, content, sentence",
+    [
+        ("a.jsonl", b"", "a.jsonl has no rows: it is empty"),
+        ("a.json", b"[\n]", "a.json has no rows"),
+        ("a.json", b'[{"n": 1},\n {"n" 2}]', "a.json, line 2, column 7: not JSON"),
+        ("a.json", '[{"n": "你"}]'.encode("gb18030"), "a.json, line 1: not UTF-8. .* iconv -f GB18030 -t UTF-8"),
+        ("a.jsonl", '{"n": "你"}'.encode("utf-16"), "a.jsonl is UTF-16. Save it as UTF-8: iconv -f UTF-16"),
+        ("a.csv", b'p,r\nx,"y', "a.csv, line .: not csv"),
+    ],
+)
+def test_file_that_cannot_be_read_is_named_with_the_way_out(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        list(read_rows([str(tmp_path / name)]))
+
+
+@pytest.mark.parametrize(
+    "name, content, found",
+    [
+        ("a.jsonl", b'{\n "n": 1\n}\n{\n "n": 2\n}\n', [({"n": 1}, "line 1"), ({"n": 2}, "line 4")]),
+        ("a.json", b'[{"n": 1}]\n[{"n": 2}]\n', [({"n": 1}, "line 1"), ({"n": 2}, "line 2")]),
+        ("a.json", b'{"version": "1", "data": [\n{"n": 1},\n{"n": 2}]}', [({"n": 1}, "line 2"), ({"n": 2}, "line 3")]),
+        ("a.jsonl", b'{"data": [{"n": 1}, {"n": 2}]}', [({"n": 1}, "line 1"), ({"n": 2}, "line 1")]),
+        ("a.json", b'{\n"messages": [{"role": "user"}]\n}', [({"messages": [{"role": "user"}]}, "line 1")]),
+        ("a.jsonl.gz", gzip.compress(b'{"n": 1}\n{"n": 2}'), [({"n": 1}, "line 1"), ({"n": 2}, "line 2")]),
+        ("a.jsonl", gzip.compress(b'{"n": 1}\n{"n": 2}'), [({"n": 1}, "line 1"), ({"n": 2}, "line 2")]),
+        ("a.json.bz2", bz2.compress(b'[{"n": 1}]'), [({"n": 1}, "line 1")]),
+        ("a.tsv", b"p\tr\na,b\tc\n", [({"p": "a,b", "r": "c"}, "line 2")]),
+        ("a.csv", b"p;r\na,b;c\n", [({"p": "a,b", "r": "c"}, "line 2")]),
+        ("a.csv", b"p , r\na;b,c\n", [({"p": "a;b", "r": "c"}, "line 2")]),
+        ("a.csv", b",p\n0,a\n", [({"": "0", "p": "a"}, "line 2")]),
+        ("a.csv", b"text\na;b\nc\n", [({"text": "a;b"}, "line 2"), ({"text": "c"}, "line 3")]),
+    ],
+)
+def test_every_row_arrives_with_its_place(tmp_path, name, content, found):
+    (tmp_path / name).write_bytes(content)
+    assert rows(tmp_path / name) == found
+
+
+@pytest.mark.parametrize(
+    "name, content, sentence",
+    [
+        ("a.csv", b"p,r,p\nq,a,b\n", "a.csv, line 1: the column p stands there twice"),
+        ("a.json", b'{"1": {"p": "q"}, "2": {"p": "r"}}', "a.json: an object of rows by id is found"),
+        ("a.jsonl.gz", gzip.compress(b'{"n": 1}' * 99)[:-9], "a.jsonl.gz: the packed file ends early or is damaged"),
+        ("a.json", b'{\n"n": 1,\n}', "a.json, line 3, column 1: not JSON"),
+        ("a.json", b'[{"n": 1}],\n[{"n": 2}]', "a.json, line 1, column 11: not JSON"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd0000", "zstd"),
+    ],
+)
+def test_rows_that_would_be_lost_are_refused(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        list(read_rows([str(tmp_path / name)]))
+
+
+def test_comma_behind_an_object_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"n": 1},\n{"n": 2},\n')
+    problems = [row["problem"].removeprefix(f"{tmp_path}/") for row in read_rows([str(tmp_path / "a.jsonl")])]
+    assert problems == [
+        f"a.jsonl, line {n}, column 9: a comma behind the object: a line holds it alone." for n in (1, 2)
+    ]
