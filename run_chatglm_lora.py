@@ -34,11 +34,9 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import peft
@@ -72,6 +70,7 @@ try:
         batches,
         chat_rows,
         data_files,
+        encoding,
         file_rows,
         flags,
         launching,
@@ -87,7 +86,6 @@ try:
         self_checks,
         throughput,
     )
-    from finetuning.batches import IGNORE_INDEX
     from finetuning.safeguards import Safeguards
     from finetuning.training_checks import TrainingChecks
 except ModuleNotFoundError as error:
@@ -101,7 +99,6 @@ require_version("datasets>=4.0", "To fix: pip install -r requirements.txt")
 logger = logging.getLogger("run_chatglm_lora")
 
 DTYPES = ["auto", "bfloat16", "float16", "float32"]
-ENDING_TOKENS = 8  # room for what ends an answer: its eos, and what a template writes after it, such as a newline
 NUMBER = datasets.Value("int64")
 EMPTY_EXAMPLE = {
     "input_ids": [], "labels": [], "length": 0, "source_cut": False, "target_cut": False, "left_out": False,
@@ -506,216 +503,15 @@ def chats_as_ids(raw, row_format, tokenizer, config, chat_args, data_args, train
 def within_positions(chat_args, config):
     """The arguments, with --max_source_length lowered where the model has fewer positions than both limits need."""
     positions = getattr(config, "max_position_embeddings", None) or math.inf
-    room = positions - chat_args.max_target_length - ENDING_TOKENS
+    room = positions - chat_args.max_target_length - encoding.ENDING_TOKENS
     if room < 1:
-        raise ValueError(f"--max_target_length must be less than {positions - ENDING_TOKENS}: the model ends there.")
+        raise ValueError(
+            f"--max_target_length must be less than {positions - encoding.ENDING_TOKENS}: the model ends there."
+        )
     if chat_args.max_source_length <= room:
         return chat_args
     logger.warning(f"The model has {positions} positions: --max_source_length is lowered to {room}.")
     return replace(chat_args, max_source_length=room)
-
-
-def is_complete(messages) -> bool:
-    """Whether every message has a content, and no answer that is trained is empty."""
-    empty = (
-        m["content"] is None or (m["loss"] and not m["content"].strip() and not m.get("tool_calls")) for m in messages
-    )
-    return not any(empty)
-
-
-def templated(tokenizer, messages, **options):
-    """What the chat template makes of a conversation. Every prompt, of every model, is built here."""
-    messages, tools = chat_rows.as_template_takes_them(messages, tokenizer)
-    return tokenizer.apply_chat_template(messages, tools=tools, **options)
-
-
-def conversation_ids(tokenizer, messages, **options) -> list[int]:
-    return templated(tokenizer, messages, return_dict=True, **options)["input_ids"]
-
-
-def prompt_ids(tokenizer, messages) -> list[int]:
-    """Token ids of a conversation up to the cue after which the model answers."""
-    return conversation_ids(tokenizer, messages, add_generation_prompt=True)
-
-
-def reply_ids(tokenizer, messages, prompt) -> list[int]:
-    """Token ids that follow `prompt` when the conversation goes on with its last message, an answer.
-
-    A tokenizer that merges across the end of the prompt makes the two texts part there, and is given the rest alone:
-    that is how the answer looks when the model generates it.
-    """
-    whole = conversation_ids(tokenizer, messages)
-    if whole[: len(prompt)] == prompt:
-        return whole[len(prompt) :]
-    before = templated(tokenizer, messages[:-1], add_generation_prompt=True, tokenize=False)
-    text = templated(tokenizer, messages, tokenize=False)
-    if not text.startswith(before):
-        raise ValueError(
-            "The chat template writes a conversation with its last answer in another way than the prompt for that "
-            f"answer, so that no training example fits both:\n{before!r}\n{text!r}"
-        )
-    return tokenizer(text[len(before) :], add_special_tokens=False)["input_ids"]
-
-
-def answers_apart(tokenizer) -> bool:
-    """Whether each answer needs an example of its own, because a tokenizer that marks answers writes earlier ones in
-    another way: ChatGLM-6B and ChatGLM2, whose rounds are encoded anew. `examples_by_turn` looks at each conversation.
-    """
-    talk = [{"role": role, "content": "1"} for role in ("user", "assistant", "user")]
-    marked = own_end_id(tokenizer) is not None and templated(
-        tokenizer, talk[:2], return_dict=True, return_assistant_tokens_mask=True
-    )
-    first = prompt_ids(tokenizer, talk[:1])
-    first += reply_ids(tokenizer, talk[:2], first)
-    return bool(marked) and 1 in marked["assistant_masks"] and prompt_ids(tokenizer, talk)[: len(first)] != first
-
-
-def up_to_answers(messages, apart) -> list[list[dict]]:
-    """The conversation up to its last trained message or, where each needs an example of its own, up to each."""
-    ends = [number for number, message in enumerate(messages, 1) if message["loss"]]
-    return [messages[:end] for end in (ends if apart else ends[-1:])]
-
-
-class Marked(NamedTuple):
-    """A conversation that ends with an answer, its token ids, and a mark (1) on each token that is trained."""
-
-    messages: list[dict]
-    ids: list[int]
-    marks: bytes  # searched ten times as fast as a list
-    left_out: bool = False  # whether the template leaves out what a message says
-
-
-def marked_ids(tokenizer, conversations) -> list[list[Marked]]:
-    """The marked ids of each conversation; several where its answers do not fit into one.
-
-    ChatGLM's tokenizers mark the answers themselves, all conversations in one call. For any other, and for ChatGLM
-    with a template of the user's own, the answers are found turn by turn: an answer is what follows its prompt.
-    """
-    if conversations and own_end_id(tokenizer) is not None:
-        batch = [chat_rows.as_template_takes_them(messages, tokenizer)[0] for messages in conversations]
-        encoded = tokenizer.apply_chat_template(batch, return_dict=True, return_assistant_tokens_mask=True)
-        marks = map(bytes, encoded["assistant_masks"])
-        marked = [Marked(*each) for each in zip(conversations, encoded["input_ids"], marks, strict=True)]
-        if all(1 in each.marks for each in marked):
-            return [[each] for each in marked]
-    return [list(examples_by_turn(tokenizer, messages)) for messages in conversations]
-
-
-def own_end_id(tokenizer) -> int | None:
-    """The token that ends an answer of ChatGLM; None for tokenizers whose chat template writes the end itself."""
-    return getattr(tokenizer, "end_of_reply_token_id", None)
-
-
-def examples_by_turn(tokenizer, messages) -> Iterator[Marked]:
-    """The marked ids of one conversation, through any chat template.
-
-    Where a prompt writes earlier answers in another way than they were generated (without their thoughts), these are
-    an example of their own, and the next begins with that prompt: each answer is trained once, behind its own prompt.
-    """
-    ids, marks, reply, begun, done = [], [], [], 0, 0  # messages[begun:done] are in the example at hand
-    for end, message in enumerate(messages, 1):
-        answer, trained = message["role"] == "assistant", message["loss"]
-        if not answer and not trained:
-            continue
-        before = messages[: end - 1]
-        prompt = conversation_ids(tokenizer, before, add_generation_prompt=answer) if before else []
-        if prompt[: len(ids)] != ids:
-            if 1 in marks:
-                yield marked_example(tokenizer, messages[:done], begun, ids, marks)
-                begun = done
-            ids, marks = [], []
-        added = [0] * (len(prompt) - len(ids))
-        if added and marks and marks[-1] and tokenizer.eos_token_id not in reply:
-            added[0] = 1  # the next role's token is what ends such an answer
-        reply = reply_ids(tokenizer, messages[:end], prompt)
-        ids, marks, done = prompt + reply, marks + added + [int(trained)] * len(reply), end
-    yield marked_example(tokenizer, messages[:done], begun, ids, marks)
-
-
-def marked_example(tokenizer, messages, begun, ids, marks) -> Marked:
-    """The example; ValueError if the template leaves out a thought of the messages that are new in it."""
-    new = [message for message in messages[begun:] if message["loss"] or message["role"] != "assistant"]
-    said = [(name, message[name]) for message in new for name in ("content", "reasoning_content") if message.get(name)]
-    missing = {name for name, text in said if words_of(text) not in words_of(tokenizer.decode(ids))}
-    if missing:  # perhaps only in the tokenizer's spelling
-        text = words_of(templated(tokenizer, messages, tokenize=False))
-        missing = {name for name, each in said if words_of(each) not in text}
-    if "reasoning_content" in missing:
-        raise ValueError("The chat template leaves out the reasoning_content of an answer that is to be trained.")
-    return Marked(messages, ids, bytes(marks), bool(missing))
-
-
-def words_of(text) -> str:
-    """A text without its white space, which templates trim."""
-    return "".join(text.split())
-
-
-def answer_start(marks) -> int:
-    """Where the last answer begins: behind the last token that is not trained."""
-    return marks.rindex(0) + 1
-
-
-def answer_length(answer, end) -> int:
-    """Tokens of an answer without what ends it: its end token and what a template writes after that."""
-    ending = answer[: -ENDING_TOKENS - 1 : -1]  # from the last token on
-    return len(answer) - (ending.index(end) + 1 if end in ending else 0)
-
-
-def without_oldest_turns(tokenizer, messages, limit) -> list[dict]:
-    """The conversation with a prompt of at most `limit` tokens: the last question and the answer cue stay.
-
-    First the oldest turns go, then the longest message is shortened from its end. Raises a ValueError if the format
-    of the prompt alone is longer than the limit.
-    """
-    system = [message for message in messages[:1] if message["role"] == "system"]
-    turns = messages[len(system) : -1]
-    while (excess := len(prompt_ids(tokenizer, system + turns)) - limit) > 0:
-        starts = [i for i, message in enumerate(turns) if message["role"] == "user"]
-        if len(starts) > 1:
-            turns = turns[starts[1] :]
-            continue
-        longest = max(system + turns, key=lambda message: len(message["content"]))
-        ids = tokenizer(longest["content"], add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise ValueError(f"--max_source_length {limit} is {excess} tokens too short for an empty question.")
-        shorter = {**longest, "content": tokenizer.decode(ids[: max(0, len(ids) - excess)]).rstrip("\ufffd")}
-        system, turns = ([shorter if m is longest else m for m in part] for part in (system, turns))
-    return system + turns + messages[-1:]
-
-
-def encoded_conversations(tokenizer, conversations, chat_args) -> list[list[dict]]:
-    """The examples of each conversation: rows with `input_ids` and `labels` [S], within the two length limits."""
-    marked = marked_ids(tokenizer, conversations)
-    return [[limited_example(tokenizer, example, chat_args) for example in examples] for examples in marked]
-
-
-def limited_example(tokenizer, example, chat_args) -> dict:
-    """The row of an example, cut to the two limits.
-
-    An answer is cut to --max_target_length, and then ends with what ended it before (its eos token and what follows),
-    or with the end token if the template writes none: the end of an answer is always trained.
-    """
-    end = own_end_id(tokenizer) or tokenizer.eos_token_id
-    messages, ids, marks, left_out = example
-    start = answer_start(marks)
-    source_cut = start > chat_args.max_source_length
-    if source_cut:
-        short = without_oldest_turns(tokenizer, messages, chat_args.max_source_length)
-        _, ids, marks, _ = marked_ids(tokenizer, [short])[0][-1]
-        start = answer_start(marks)
-    length = answer_length(ids[start:], end)
-    ids[start + min(length, chat_args.max_target_length) :] = ids[start + length :] or [end]
-    labels = [IGNORE_INDEX] * start + ids[start:]
-    for i in range(start) if 1 in marks[:start] else ():  # earlier answers
-        labels[i] = ids[i] if marks[i] else IGNORE_INDEX
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "length": len(ids),
-        "source_cut": source_cut,
-        "target_cut": length > chat_args.max_target_length,
-        "left_out": left_out,
-    }
 
 
 def encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_args):
@@ -731,7 +527,7 @@ def encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_arg
         )
     gc.freeze()  # the libraries' million objects need not be looked through for every batch: a quarter less time
     options = {"tokenizer": tokenizer, "row_format": row_format, "chat_args": chat_args}
-    limits, apart, data = sample_limits(data_args), answers_apart(tokenizer), EncodedChats()
+    limits, apart, data = sample_limits(data_args), encoding.answers_apart(tokenizer), EncodedChats()
     for split in requested_splits(training_args):
         rows = capped(raw[split], limits[split])
         own = {**options, "split": split, "apart": apart}
@@ -780,6 +576,7 @@ def encoding_fingerprint(rows, options) -> str:
     files = [
         __file__,
         chat_rows.__file__,
+        encoding.__file__,
         file_rows.__file__,
         *(inspect.getsourcefile(c) for c in type(tokenizer).__mro__[:-1]),
     ]
@@ -804,7 +601,7 @@ def encoded_rows(batch, indices, tokenizer, row_format, chat_args, split, apart)
         try:
             messages = chat_rows.conversation(cells, row_format, place, chat_args.system_prompt)
             messages = chat_rows.split_where_refused(messages, tokenizer)
-            pieces = up_to_answers(messages, apart) if is_complete(messages) else []
+            pieces = encoding.up_to_answers(messages, apart) if encoding.is_complete(messages) else []
             read += [(number, place, piece) for piece in pieces]
             problem = None
         except chat_rows.BadRow as error:
@@ -821,7 +618,7 @@ def examples_of(read, tokenizer, chat_args) -> list[dict]:
     If the template refuses one, all are encoded one by one, to find and name it.
     """
     try:
-        encoded = encoded_conversations(tokenizer, [messages for _, _, messages in read], chat_args)
+        encoded = encoding.encoded_conversations(tokenizer, [messages for _, _, messages in read], chat_args)
         rows = zip(read, encoded, strict=True)
         return [{**each, "row": row, "problem": None} for (row, *_), examples in rows for each in examples]
     except (ValueError, TemplateError) as error:
@@ -848,8 +645,8 @@ def encoded_prompts(batch, indices, tokenizer, row_format, chat_args, split):
                 messages.append(chat_rows.message_of("assistant", None))
             if len(messages) < 2 or any(message["content"] is None for message in messages[:-1]):
                 raise chat_rows.BadRow(f"{place}: there is no question, or an empty message before it.")
-            short = without_oldest_turns(tokenizer, messages, chat_args.max_source_length)[:-1]
-            row["input_ids"] = prompt_ids(tokenizer, short)
+            short = encoding.without_oldest_turns(tokenizer, messages, chat_args.max_source_length)[:-1]
+            row["input_ids"] = encoding.prompt_ids(tokenizer, short)
             row |= {"prompt": messages[-2]["content"], "reference": reference(tokenizer, messages)}
         except (ValueError, TemplateError) as error:
             named = error if isinstance(error, chat_rows.BadRow) else chat_rows.BadRow(f"{place}: {error}")
@@ -862,13 +659,13 @@ def reference(tokenizer, messages) -> str | None:
     """The last message as text to compare an answer with: a call of tools as the model writes it."""
     if not messages[-1].get("tool_calls"):
         return messages[-1]["content"]
-    ids = reply_ids(tokenizer, messages, prompt_ids(tokenizer, messages[:-1]))
+    ids = encoding.reply_ids(tokenizer, messages, encoding.prompt_ids(tokenizer, messages[:-1]))
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def chat_collator(model, tokenizer, chat_args, training_args):
     """The collator for the flags and for rows as long as the flags and the model allow."""
-    longest = chat_args.max_source_length + chat_args.max_target_length + ENDING_TOKENS
+    longest = chat_args.max_source_length + chat_args.max_target_length + encoding.ENDING_TOKENS
     longest = min(longest, getattr(model.config, "max_position_embeddings", None) or longest)
     return batches.chat_collator(padding_id(tokenizer), chat_args, training_args, longest)
 

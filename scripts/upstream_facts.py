@@ -168,7 +168,7 @@ ERRORS = {
     "encoding: tokenized_datasets": ("check_splits", "Data"),
 }
 # The modules of finetuning/ in which functions of the table lie.
-ROOMS = {"argument_files", "data_files", "file_rows", "provenance", "scores", "screen"}
+ROOMS = {"argument_files", "data_files", "encoding", "file_rows", "provenance", "scores", "screen"}
 # Calls that are compared: of these libraries, and of the objects that upstream makes with them.
 LIBRARIES = ("transformers", "datasets", "evaluate", "peft")
 OBJECTS = ["parser", "training_args", "config", "tokenizer", "model", "metric", "trainer"]

@@ -11,18 +11,16 @@ from tiny import CHAT_FLAGS, CHATS, results, said, write_jsonl
 from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
 import chatglm  # noqa: F401
-from finetuning.batches import PaddedCollator
+from finetuning.batches import IGNORE_INDEX, PaddedCollator
 from finetuning.chat_rows import RowFormat, conversation
-from run_chatglm_lora import (
-    IGNORE_INDEX,
-    ChatArguments,
+from finetuning.encoding import (
     answers_apart,
     encoded_conversations,
     prompt_ids,
     up_to_answers,
-    within_positions,
     without_oldest_turns,
 )
+from run_chatglm_lora import ChatArguments, within_positions
 
 
 ROW = RowFormat("prompt_response", "prompt", "response", "history")

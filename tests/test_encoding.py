@@ -11,17 +11,10 @@ from tiny import CHAT_FLAGS, CHATML, results, said, write_jsonl
 from transformers import AutoTokenizer
 
 from chatglm import ChatGLM6BTokenizer, ChatGLMTokenizer
+from finetuning.batches import IGNORE_INDEX
 from finetuning.chat_rows import RowFormat, as_template_takes_them, conversation, split_where_refused
-from run_chatglm_lora import (
-    IGNORE_INDEX,
-    ChatArguments,
-    answers_apart,
-    encoded_conversations,
-    encoded_prompts,
-    is_complete,
-    prompt_ids,
-    up_to_answers,
-)
+from finetuning.encoding import answers_apart, encoded_conversations, is_complete, prompt_ids, up_to_answers
+from run_chatglm_lora import ChatArguments, encoded_prompts
 
 
 PAIR = RowFormat("prompt_response", "content", "summary", "history")
