@@ -137,7 +137,8 @@ def test_random_checkpoint_is_said_to_predict_no_better_than_chance(run, llama, 
 
 
 def test_new_model_may_predict_no_better_than_chance(run, llama, flags, caplog):
-    sizes = "hidden_size=32,intermediate_size=64,num_hidden_layers=1,num_attention_heads=4,vocab_size=320"
+    sizes = "hidden_size=32,intermediate_size=64,num_hidden_layers=1,num_attention_heads=4,num_key_value_heads=4"
+    sizes += ",vocab_size=320"
     new = ["--model_type", "llama", "--config_overrides", sizes, "--tokenizer_name", llama, "--no_use_lora"]
     assert checks(run(new, flags))["batches"] == "end to end"
     assert "predicts no better than chance" not in caplog.text
