@@ -12,11 +12,19 @@ from functools import wraps
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from .self_checks import SelfCheckFailed
 from .training_checks import HopelessRun
 
 
 OURS = {"__main__", "run_chatglm_lora", "finetuning", "chatglm"}  # modules and packages
-SENTENCES = (ValueError, OSError, FloatingPointError, MemoryError, HopelessRun)  # what we say something to people with
+SENTENCES = (
+    ValueError,
+    OSError,
+    FloatingPointError,
+    MemoryError,
+    HopelessRun,
+    SelfCheckFailed,
+)  # what we say something to people with
 FUSED_LAYERS = {  # layers that stand for several of other models
     "query_key_value": ("q_proj", "k_proj", "v_proj"),
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),

@@ -35,6 +35,7 @@ from .versions import NEWEST, OLDEST
 
 logger = logging.getLogger("run_chatglm_lora.self_checks")
 
+VERSIONS = f"This is transformers {transformers.__version__}; tested are {OLDEST} to {NEWEST}."
 ANSWER_TOKENS = 8
 ROWS_LOOKED_AT = 16
 CHUNKS = 256  # that state-space models compute in, whether their configuration says so or not
@@ -157,8 +158,7 @@ def check_cached(moved, bound, name):
     if not moved <= bound:
         raise SelfCheckFailed(
             f"{name}: answers with a cache are not those without (their logits are off by {moved:.1%}, rounding is "
-            f"{bound:.2%}), so that none is given. This is transformers {transformers.__version__}; tested are "
-            f"{OLDEST} to {NEWEST}."
+            f"{bound:.2%}), so that none is given. {VERSIONS}"
         )
 
 
@@ -283,7 +283,7 @@ class Probe:
                 min_new_tokens=ANSWER_TOKENS, output_logits=True, return_dict_in_generate=True,
             )  # fmt: skip
         except Exception as error:
-            raise SelfCheckFailed(f"This model cannot generate, found before training. {error}") from error
+            raise SelfCheckFailed(f"{self.name}: this model cannot generate: {error}. {VERSIONS}") from error
         cached = torch.stack(output.logits, dim=1).float()  # [B, ANSWER_TOKENS, V]
         moved = 0.0
         for prompt, sequence, logits in zip(prompts, output.sequences.tolist(), cached, strict=True):

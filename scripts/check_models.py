@@ -204,7 +204,7 @@ def main():
         print(f"| {' | '.join(dataclasses.astuple(verdicts[-1]))} |", flush=True)
     counts = Counter(each.batches for each in verdicts)
     print("\n" + ", ".join(f"{count} {batches}" for batches, count in counts.most_common()))
-    sys.exit(counts["WRONG"] > 0)
+    sys.exit(1 if counts["WRONG"] else 0)
 
 
 if __name__ == "__main__":
