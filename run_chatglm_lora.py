@@ -72,6 +72,7 @@ try:
         batches,
         chat_rows,
         data_files,
+        label_smoothing,
         launching,
         loss_plot,
         prediction,
@@ -975,10 +976,12 @@ def safeguards(arguments, data, tokenizer):
 def trainer_options(model, tokenizer, row_format, chat_args, training_args, guards=None):
     """What Trainer is given beyond run_clm.py's arguments, or in place of them: collator, callbacks and scores."""
     collator = chat_collator(model, tokenizer, chat_args, training_args) if row_format else block_collator
+    loss = label_smoothing.loss_options(training_args)
     callbacks = guards.callbacks if guards else [TrainingChecks()]
     return {
         "data_collator": guards.shielded(collator) if guards else collator,
-        "callbacks": [*callbacks, *([throughput.Throughput()] if row_format else [])],
+        "callbacks": [*callbacks, *([throughput.Throughput(loss.get("compute_loss_func"))] if row_format else [])],
+        **loss,
         **scores.scoring(collator, row_format, training_args),
     }
 

@@ -4,6 +4,7 @@ Shapes: B rows, S positions (of a padded row, or of all rows end to end), N posi
 """
 
 import inspect
+import logging
 import math
 from bisect import bisect_left, insort
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+
+logger = logging.getLogger("run_chatglm_lora.batches")
 
 IGNORE_INDEX = -100  # the label that torch's cross entropy leaves out
 ROWWISE = "sdpa_rowwise"
@@ -147,11 +150,20 @@ def chat_collator(model, padding_id, chat_args, training_args, longest):
     base = base_of(model)
     # Batches of a stream go to each process whole: logits_to_keep and the rows' ends must not be cut into shares.
     training_args.accelerator_config.dispatch_batches = False
-    if chat_args.padding_free and not chat_args.pad_to_max_length and takes_flattened(model, training_args):
+    noise = training_args.neftune_noise_alpha
+    if noise is not None:
+        logger.info("--neftune_noise_alpha: rows are padded, because NEFTune scales its noise by a row's length.")
+    flattened = chat_args.padding_free and not chat_args.pad_to_max_length and noise is None
+    if flattened and takes_flattened(model, training_args):
         windows = getattr(base.config, "sliding_window", None) and getattr(base.config, "use_sliding_window", True)
         if base.config._attn_implementation == "sdpa" and not windows:
             base.set_attn_implementation(ROWWISE)
         return FlattenedCollator()
+    if chat_args.pack_to_length and noise is not None:
+        raise ValueError(
+            "--neftune_noise_alpha scales its noise by the length of a row, and --pack_to_length makes one row of "
+            "several: drop one of the flags."
+        )
     if chat_args.pack_to_length:
         raise ValueError("--pack_to_length: this model cannot keep rows that lie end to end apart: drop the flag.")
     return PaddedCollator(
