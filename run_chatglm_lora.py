@@ -68,6 +68,7 @@ from transformers.utils.versions import require_version
 
 try:
     from finetuning import (
+        adapters,
         argument_files,
         batches,
         chat_rows,
@@ -100,6 +101,7 @@ ENDING_TOKENS = 8  # room for what ends an answer: its eos, and what a template 
 NUMBER = datasets.Value("int64")
 EMPTY_EXAMPLE = {"input_ids": [], "labels": [], "length": 0, "source_cut": False, "target_cut": False}
 ENCODING_FLAGS = ("system_prompt", "skip_bad_rows", "max_source_length", "max_target_length")  # they shape the ids
+LOGGED_SHARE = 0.02  # 50 log lines a run; Trainer's 500 steps would show most small runs no loss at all
 LIMIT_FLAGS = {"train": "max_train_samples", "validation": "max_eval_samples"}
 
 
@@ -253,11 +255,18 @@ ARGUMENT_CLASSES = (ModelArguments, DataTrainingArguments, *ADDED_ARGUMENTS, Tra
 
 
 def parsed_arguments():
-    """One instance of each argument class, from the command line or from a single .json or .yaml file."""
-    parser = HfArgumentParser(ARGUMENT_CLASSES, description=__doc__.split("\n\n")[0])
-    if len(sys.argv) == 2 and sys.argv[1].endswith((".json", ".yaml", ".yml")):
-        return parsed_file(parser, sys.argv[1])
-    return parser.parse_args_into_dataclasses(launching.prepared_words(sys.argv[1:]))
+    """One instance of each argument class, from the command line, and from a .json or .yaml file where it has one."""
+    parser = HfArgumentParser(ARGUMENT_CLASSES, description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.set_defaults(logging_steps=LOGGED_SHARE)
+    words = launching.prepared_words(sys.argv[1:])
+    given = argument_files.given_arguments(parser, words, ARGUMENT_CLASSES)
+    adapters.check_flags(given)
+    return parser.parse_dict({**log_defaults(given), **scores.metric_defaults(given), **given})
+
+
+def log_defaults(given) -> dict:
+    """Without --logging_steps, a share of all steps between two log lines; Trainer's own 500 between evaluations."""
+    return {} if "logging_steps" in given else {"logging_steps": LOGGED_SHARE, "eval_steps": 500}
 
 
 def parsed_file(parser, path):
@@ -828,9 +837,10 @@ def loaded_config(model_args):
     return config
 
 
-def loaded_tokenizer(model_args):
-    """The tokenizer of --tokenizer_name or of the checkpoint."""
-    name = model_args.tokenizer_name or model_args.model_name_or_path
+def loaded_tokenizer(model_args, adapter=None):
+    """The tokenizer of --tokenizer_name, of the adapter that is opened (its template, its tokens) or of the model."""
+    name = model_args.tokenizer_name or adapters.own_tokenizer(adapter)
+    name = name or model_args.model_name_or_path
     if not name:
         raise ValueError("A model from scratch needs a tokenizer that exists: pass --tokenizer_name.")
     return AutoTokenizer.from_pretrained(name, use_fast=model_args.use_fast_tokenizer, **hub_options(model_args))
@@ -858,9 +868,7 @@ def loaded_model(model_args, lora_args, training_args, config, tokenizer):
         options = {**hub_options(model_args), **quantization_options(lora_args, training_args)}
         name = model_args.model_name_or_path
         model = model_class(config).from_pretrained(name, config=config, dtype=dtype, **options)
-        logger.info(
-            f"Code of the model: {provenance.code_revision(model) or 'transformers ' + transformers.__version__}"
-        )
+        logger.info(f"Code of the model: {provenance.code_in_words(model)}")
     else:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
         count = sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())  # shared tensors once
@@ -904,8 +912,7 @@ def adapted_model(model, lora_args, training_args):
             raise ValueError("A trained prefix and gradient checkpointing exclude each other: drop one of the flags.")
         model.enable_input_require_grads()  # frozen embeddings would cut checkpointed layers off from the loss
     if lora_args.adapter_name_or_path:
-        path = lora_args.adapter_name_or_path
-        model = peft.PeftModel.from_pretrained(model, path, is_trainable=training_args.do_train)
+        model = adapters.opened_adapter(model, lora_args.adapter_name_or_path, training_args.do_train)
     else:
         model = peft.get_peft_model(model, adapter_config(model, lora_args))
     if training_args.do_train and model.active_peft_config.is_prompt_learning and is_deepspeed_zero3_enabled():
@@ -965,6 +972,13 @@ def checked_modules(model, flag_value, flag) -> list[str] | None:
 
 
 # ------------------------------------------------------------------------------------------------------- the stages
+
+
+def check_output_folder(lora_args, training_args):
+    """Raise a ValueError if a training would write its result beside one of another kind."""
+    kind = "prefix" if lora_args.pre_seq_len else "adapter" if lora_args.use_lora else "full model"
+    if training_args.do_train:
+        adapters.check_output_folder(Path(training_args.output_dir), kind)
 
 
 def safeguards(arguments, data, tokenizer):
@@ -1057,10 +1071,7 @@ def complete(metrics) -> dict:
     """Metrics without unknown counts; of an evaluation, with perplexity: on chat data, over all trained tokens."""
     metrics = {name: value for name, value in metrics.items() if not name.endswith("_samples") or value != math.inf}
     if "eval_loss" in metrics:
-        try:
-            metrics["perplexity"] = math.exp(metrics.get("eval_token_loss", metrics["eval_loss"]))
-        except OverflowError:
-            metrics["perplexity"] = math.inf
+        metrics["perplexity"] = scores.perplexity(metrics)
     return metrics
 
 
@@ -1089,13 +1100,14 @@ def main():
     model_args, data_args, chat_args, lora_args, training_args = parsed_arguments()
     screen.set_up_logging(training_args)
     launching.check_launch(training_args)
+    check_output_folder(lora_args, training_args)
     set_seed(training_args.seed)
 
     raw, row_format = raw_datasets(model_args, data_args, chat_args, training_args)
     register_chatglm(lora_args)
     config = loaded_config(model_args)
     config = prefix_tuning.with_prefix(config, lora_args)
-    tokenizer = with_chat_template(loaded_tokenizer(model_args), chat_args)
+    tokenizer = with_chat_template(loaded_tokenizer(model_args, lora_args.adapter_name_or_path), chat_args)
     # The data are encoded before the weights are loaded: a mistake in them shows within seconds.
     data = chats_as_ids(raw, row_format, tokenizer, config, chat_args, data_args, training_args)
     if not row_format:

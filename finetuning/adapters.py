@@ -1,14 +1,35 @@
 """Folders that a training wrote: what is in them, and which base an adapter belongs to."""
 
 import json
+import logging
+import re
+from hashlib import sha256
 from pathlib import Path
 
 import peft
 from huggingface_hub import snapshot_download
-from transformers import PreTrainedTokenizerBase
+from safetensors import safe_open
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 
+logger = logging.getLogger("run_chatglm_lora.adapters")
+
+PEFT_FIELDS = {  # flags that shape an adapter, and what PEFT calls them in adapter_config.json
+    "peft_type": "peft_type",
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "lora_modules_to_save": "modules_to_save",
+    "lora_bias": "bias",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "init_lora_weights": "init_lora_weights",
+    "num_virtual_tokens": "num_virtual_tokens",
+    "prefix_projection": "prefix_projection",
+}
+SAMPLED_TENSORS = 16  # of a base, evenly spaced by name, tell it from others
 TEXT_FILES = ["*.json", "*.jinja", "*.py", "*.model", "*.txt", "*LICENSE*"]
 NOT_FOUND_IS_NONE = {
     "_raise_exceptions_for_gated_repo": False,
@@ -65,7 +86,154 @@ def base_of(adapter: Path, override: str | None) -> tuple[str, str]:
     return name, config.revision or noted.get("commit") or noted.get("revision") or "main"
 
 
+def own_tokenizer(adapter: str | None) -> str | None:
+    """The folder of an adapter, or of a saved prefix, that has a tokenizer of its own; None without one."""
+    folder = adapter and (adapter_folder(adapter) or Path(adapter))
+    if not folder or not (folder / "tokenizer_config.json").is_file():
+        return None
+    logger.info(f"Tokenizer and chat template: those of the adapter, {folder}")
+    return str(folder)
+
+
 def stop_ids(tokenizer: PreTrainedTokenizerBase, end: int | list[int] | None) -> list[int]:
     """Ids that end an answer: the model's own, `end`, and the tokenizer's."""
     ids = [*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id]
     return sorted({*ids, *getattr(tokenizer, "stop_token_ids", [])} - {None})
+
+
+# ------------------------------------------------------------------------------------------- flags beside an adapter
+
+
+def check_flags(given: dict):
+    """Raise a ValueError for flags, by name, that contradict each other about whether and how an adapter is shaped."""
+    shaping = {name: given[name] for name in PEFT_FIELDS.keys() & given.keys()}
+    adapter, prefix = given.get("adapter_name_or_path"), given.get("pre_seq_len")
+    if given.get("use_lora") is False and adapter:
+        raise ValueError(f"--no_use_lora trains all weights, and would pass over --adapter_name_or_path {adapter}.")
+    if prefix or given.get("use_lora") is False:
+        cause = "--pre_seq_len trains ChatGLM's own prefix" if prefix else "--no_use_lora trains all weights"
+        if idle := shaping.keys() - ({"prefix_projection"} if prefix else set()):
+            raise ValueError(f"{cause}, for which --{min(idle)} means nothing: drop one of the two flags.")
+    elif folder := adapter and adapter_folder(adapter):
+        check_shape(folder, shaping)
+    elif not adapter:
+        method = given.get("peft_type", "LORA").upper()
+        known = vars(peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(method, peft.LoraConfig)())
+        for name in shaping.keys() - {"peft_type"}:
+            if PEFT_FIELDS[name] not in known:
+                raise ValueError(f"--{name} means nothing for --peft_type {method}: drop one of the two flags.")
+
+
+def check_shape(folder: Path, shaping: dict):
+    """Raise a ValueError for a flag that wants another shape than the adapter in the folder has."""
+    config = adapter_config(folder)
+    for name, value in shaping.items():
+        own = getattr(config, PEFT_FIELDS[name], None)
+        if as_flag(own) != as_flag(value):
+            raise ValueError(
+                f"--{name} {value}: the adapter in --adapter_name_or_path {folder} has {as_flag(own)}, which stays: "
+                f"drop --{name}, or train a new adapter without --adapter_name_or_path."
+            )
+
+
+def as_flag(value) -> str:
+    """A field of adapter_config.json as it would stand behind a flag."""
+    if isinstance(value, (list, set, tuple)):
+        return ",".join(sorted(value))
+    text = str(getattr(value, "value", value))
+    return ",".join(sorted(text.split(","))) if re.fullmatch(r"[\w.,-]+", text) and "," in text else text.lower()
+
+
+def check_output_folder(folder: Path, kind: str):
+    """Raise a ValueError if a folder holds a result of another kind: adapter, prefix (--pre_seq_len) or full model.
+
+    Old and new would lie side by side, and whoever opens the folder would take one of them.
+    """
+    if (folder / "adapter_config.json").is_file():
+        found = "adapter"
+    elif (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = "prefix" if config.get("pre_seq_len") else "full model"
+    else:
+        return
+    if found != kind:
+        raise ValueError(
+            f"--output_dir {folder} holds the result of another training (kind: {found}), and this one would write "
+            f"its own (kind: {kind}) beside it: choose another folder, or empty that one."
+        )
+
+
+# ------------------------------------------------------------------------------------------- which base was it
+
+
+def base_content(name: str, revision: str | None = None) -> dict | None:
+    """What tells a base from others wherever it lies: architecture, and a hash of names, shapes and some weights.
+
+    The hash is None for weights that are not in safetensors; the result for a name that is no model here.
+    """
+    path = cached_file(name, "config.json", revision=revision, **NOT_FOUND_IS_NONE)
+    if path is None:
+        return None
+    model_type = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
+    config = AutoConfig.from_pretrained(name, revision=revision) if model_type in CONFIG_MAPPING else None
+    return {
+        "architecture": getattr(config, "generation", None) or model_type,
+        "weights": weights_hash(Path(path).parent),
+    }
+
+
+def weights_hash(folder: Path) -> str | None:
+    """The same for weights that were moved, put into other files or another floating point type."""
+    places, digest = {}, sha256()
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                places[name] = path
+                digest.update(f"{name} {file.get_slice(name).get_shape()}".encode())
+    names = sorted(places)
+    for name in names[:: max(1, len(names) // SAMPLED_TENSORS)]:
+        with safe_open(places[name], "pt") as file:
+            weights = file.get_slice(name)
+            start = weights[:1] if weights.get_shape() else file.get_tensor(name)
+            digest.update(start.float().numpy().tobytes())
+    return digest.hexdigest() if names else None
+
+
+def check_base(adapter: str, model):
+    """Raise a ValueError if an adapter, or a saved prefix, was trained on another base than the model is."""
+    folder = adapter_folder(adapter) or Path(adapter)
+    record = folder / "provenance.json"
+    noted = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    config = adapter_config(folder)
+    before = (config and config.base_model_name_or_path) or noted.get("base_model")
+    if not before:
+        return
+    here = base_content(model.name_or_path, getattr(model.config, "_commit_hash", None)) or {}
+    then = noted.get("base_content") or base_content(before, noted.get("commit")) or {}
+    known = [key for key in ("architecture", "weights") if here.get(key) and then.get(key)]
+    if any(here[key] != then[key] for key in known):
+        raise ValueError(
+            f"--adapter_name_or_path {adapter} was trained on {before} ({then['architecture']}), and the model here, "
+            f"{model.name_or_path} ({here['architecture']}), is another one: pass that base, or train a new adapter."
+        )
+    if "weights" not in known and Path(before).name != Path(model.name_or_path).name:
+        logger.warning(f"{adapter} was trained on {before}; whether {model.name_or_path} is the same cannot be told.")
+
+
+def opened_adapter(model, adapter: str, is_trainable: bool) -> peft.PeftModel:
+    """The model inside the adapter with a path or hub name; ValueError if they do not belong together."""
+    check_base(adapter, model)
+    try:
+        return peft.PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
+    except RuntimeError as error:
+        sizes = re.search(r"size mismatch for (\S+): .*?Size\((.*?)\).*?Size\((.*?)\)", str(error), re.DOTALL)
+        if sizes is None:
+            raise
+        name, saved, wanted = sizes.groups()
+        reason = "its base is another"
+        if re.search(r"embed|lm_head|output_layer", name):
+            reason = "its tokenizer has another number of tokens: pass it with --tokenizer_name"
+        raise ValueError(
+            f"--adapter_name_or_path {adapter} does not fit {model.name_or_path}: {name} is {saved} in the adapter "
+            f"and {wanted} here. Most likely {reason}."
+        ) from error

@@ -1,5 +1,6 @@
-"""Arguments from one .json or .yaml file in place of flags."""
+"""Which flags were given: on the command line, in one .json or .yaml file, or in both, where the line overrides."""
 
+import argparse
 import json
 import re
 from dataclasses import fields
@@ -8,10 +9,33 @@ from pathlib import Path
 import yaml
 
 
+ENDINGS = (".json", ".yaml", ".yml")
+NOT_GIVEN = object()
+
+
+def given_arguments(parser, words, classes) -> dict:
+    """The values of the flags that were given, by name: those of a file named first, overridden by the other words."""
+    values = {}
+    if words and words[0].endswith(ENDINGS):
+        values, words = file_arguments(words[0], classes), words[1:]
+    return values | given_flags(parser, words, classes)
+
+
+def given_flags(parser, words, classes) -> dict:
+    """The values of the flags on a command line, by name, without the defaults of all others.
+
+    argparse sets a default only where the namespace has no value yet.
+    """
+    unset = {f.name: NOT_GIVEN for cls in classes for f in fields(cls)}
+    namespace = parser.parse_args(words, argparse.Namespace(**unset))
+    return {name: value for name, value in vars(namespace).items() if value is not NOT_GIVEN}
+
+
 def file_arguments(path, classes):
     """The flat mapping in a JSON or YAML file, with no_x: true for x: false as on the command line.
 
-    YAML 1.1 reads 2e-4 as a string and no as false; where a flag is a number or a strategy, what was meant is taken.
+    YAML 1.1 reads 2e-4 as a string and no as false; where a flag is a number, a strategy or a word, what was meant is
+    taken (resume_from_checkpoint: true).
     """
     text = Path(path).read_text(encoding="utf-8")
     values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
@@ -22,6 +46,8 @@ def file_arguments(path, classes):
             values[name] = float(value)
         elif "Strategy" in kind and value is False:
             values[name] = "no"
+        elif name == "resume_from_checkpoint" and isinstance(value, bool):
+            values[name] = "True" if value else None
         elif name.startswith("no_") and name[3:] in flags and flags[name[3:]].default is True:
             values[name[3:]] = not values.pop(name)
     return values

@@ -3,6 +3,7 @@
 Shapes: B rows, S positions, N positions whose logits are computed, V vocabulary rows, T virtual tokens of a prompt.
 """
 
+import math
 from functools import partial
 
 import datasets
@@ -25,6 +26,19 @@ def scoring(collator, row_format, training_args):
     flattened = isinstance(collator, FlattenedCollator)
     scores = partial(row_scores, flattened=flattened)
     return {"compute_metrics": TokenScores(), "preprocess_logits_for_metrics": scores}
+
+
+def metric_defaults(given) -> dict:
+    """Of --metric_for_best_model perplexity the lowest is best; Trainer knows that of losses only."""
+    return {"greater_is_better": False} if "perplexity" in str(given.get("metric_for_best_model")) else {}
+
+
+def perplexity(metrics) -> float:
+    """exp of the loss over all trained tokens or, on blocks of text, of the mean loss of the batches."""
+    try:
+        return math.exp(metrics.get("eval_token_loss", metrics["eval_loss"]))
+    except OverflowError:
+        return math.inf
 
 
 # ----------------------------------------------------------------------------------------------------- blocks of text
