@@ -11,6 +11,8 @@
 #     "accelerate>=1.11",
 #     "sentencepiece>=0.2",
 #     "protobuf>=4.25",
+#     "filelock>=3.16",
+#     "psutil>=5.9",
 # ]
 # ///
 """Fine-tune ChatGLM, or any causal language model of transformers, with LoRA on conversations or on plain text.
@@ -983,7 +985,7 @@ def check_output_folder(lora_args, training_args):
 
 def safeguards(arguments, data, tokenizer):
     """What guards a training: checks, whole checkpoints, signals. None where nothing is trained."""
-    model_args, lora_args, training_args = arguments
+    *_, training_args = arguments
     return Safeguards(*arguments, data["train"], tokenizer) if training_args.do_train else None
 
 
@@ -1112,7 +1114,7 @@ def main():
     data = chats_as_ids(raw, row_format, tokenizer, config, chat_args, data_args, training_args)
     if not row_format:
         data = text_blocks(data, tokenizer, config, data_args, training_args)
-    guards = safeguards((model_args, lora_args, training_args), data, tokenizer)
+    guards = safeguards((model_args, chat_args, lora_args, training_args), data, tokenizer)
 
     model = loaded_model(model_args, lora_args, training_args, config, tokenizer)
     model = adapted_model(model, lora_args, training_args)
