@@ -59,7 +59,6 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     HfArgumentParser,
-    Trainer,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -78,6 +77,7 @@ try:
         label_smoothing,
         launching,
         loss_plot,
+        model_card,
         prediction,
         prefix_tuning,
         provenance,
@@ -943,6 +943,7 @@ def adapter_config(model, lora_args):
         "use_rslora": lora_args.use_rslora,
         "use_dora": lora_args.use_dora,
         "init_lora_weights": init,
+        "eva_config": peft.EvaConfig(rho=1.0) if init == "eva" else None,  # --lora_r in every layer: rho 2 moves ranks
         "num_virtual_tokens": lora_args.num_virtual_tokens,
         "prefix_projection": lora_args.prefix_projection,
     }
@@ -996,18 +997,22 @@ def trainer_options(model, tokenizer, row_format, chat_args, training_args, guar
     callbacks = guards.callbacks if guards else [TrainingChecks()]
     return {
         "data_collator": guards.shielded(collator) if guards else collator,
-        "callbacks": [*callbacks, *([throughput.Throughput(loss.get("compute_loss_func"))] if row_format else [])],
+        "callbacks": [
+            *callbacks,
+            scores.PerplexityWhileTraining(),
+            *([throughput.Throughput(loss.get("compute_loss_func"))] if row_format else []),
+        ],
         **loss,
         **scores.scoring(collator, row_format, training_args),
     }
 
 
 def make_trainer(model, tokenizer, data, options, training_args):
-    """An ordinary Trainer, with token accuracy where evaluation is asked for."""
+    """A Trainer with token accuracy where evaluation is asked for, and a model card that knows the data."""
     train_dataset = data["train"] if training_args.do_train else None
     if isinstance(data, EncodedChats):
         train_dataset = batches.repeated_stream(train_dataset)
-    return Trainer(
+    return model_card.DocumentedTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
@@ -1019,11 +1024,8 @@ def make_trainer(model, tokenizer, data, options, training_args):
 
 def train(trainer, guards, tokenizer, model_args, row_format, limit):
     """Train, save the model or the adapter with a record of what it was made from, and write the metrics."""
-    if guards:
-        metrics = guards.trained_and_saved(trainer)
-    else:
-        metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
-        trainer.save_model()
+    adapters.initialise_from_data(trainer, padding_id(tokenizer))
+    metrics = guards.trained_and_saved(trainer)
     record_training(trainer, tokenizer, model_args, row_format)
     metrics |= sample_count("train", trainer.train_dataset, limit)
     trainer.log_metrics("train", metrics)
@@ -1077,6 +1079,14 @@ def complete(metrics) -> dict:
     return metrics
 
 
+def answer_while_training(trainer, tokenizer, data, chat_args):
+    """With --predict_with_generate, answers and their scores at each evaluation of the training."""
+    prediction.check_best_metric(trainer.args, chat_args)
+    if isinstance(data, EncodedChats) and "questions" in data:
+        how = (tokenizer, data["questions"], chat_args, padding_id(tokenizer))
+        trainer.add_callback(prediction.AnswersWhileTraining(trainer, *how))
+
+
 def answer(trainer, tokenizer, data, chat_args):
     """Answer the rows that were encoded for --do_predict and --predict_with_generate, if there are any."""
     for stage, split in {"eval": "questions", "predict": "test"}.items():
@@ -1084,18 +1094,12 @@ def answer(trainer, tokenizer, data, chat_args):
             prediction.predict(trainer, tokenizer, data[split], chat_args, padding_id(tokenizer), stage)
 
 
-def publish(trainer, model_args, data_args):
+def publish(trainer):
     """Push to the hub with --push_to_hub, else write the model card."""
-    card = {"finetuned_from": model_args.model_name_or_path, "tasks": "text-generation"}
-    if data_args.dataset_name is not None:
-        card["dataset_tags"] = data_args.dataset_name
-        card["dataset"] = " ".join(filter(None, (data_args.dataset_name, data_args.dataset_config_name)))
-        if data_args.dataset_config_name is not None:
-            card["dataset_args"] = data_args.dataset_config_name
     if trainer.args.push_to_hub:
-        trainer.push_to_hub(**card)
+        trainer.push_to_hub()
     else:
-        trainer.create_model_card(**card)
+        trainer.create_model_card()
 
 
 def main():
@@ -1121,6 +1125,10 @@ def main():
     options = trainer_options(model, tokenizer, row_format, chat_args, training_args, guards)
     trainer = make_trainer(model, tokenizer, data, options, training_args)
 
+    answer_while_training(trainer, tokenizer, data, chat_args)
+    trainer.base_name = model_args.model_name_or_path or f"a new {config.model_type}"
+    trainer.data_names = model_card.names_of_data(data_args, chat_args)
+
     if training_args.do_train:
         train(trainer, guards, tokenizer, model_args, row_format, data_args.max_train_samples)
     if training_args.do_eval:
@@ -1128,7 +1136,7 @@ def main():
     answer(trainer, tokenizer, data, chat_args)
     if training_args.do_train and lora_args.plot_loss:
         loss_plot.draw_losses(trainer)
-    publish(trainer, model_args, data_args)
+    publish(trainer)
     launching.end_processes()
 
 

@@ -9,8 +9,11 @@ from pathlib import Path
 import peft
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from torch.utils.data import DataLoader
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
+
+from .batches import PaddedCollator
 
 
 logger = logging.getLogger("run_chatglm_lora.adapters")
@@ -106,6 +109,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, end: int | list[int] | None) ->
 
 def check_flags(given: dict):
     """Raise a ValueError for flags, by name, that contradict each other about whether and how an adapter is shaped."""
+    check_init(given)
     shaping = {name: given[name] for name in PEFT_FIELDS.keys() & given.keys()}
     adapter, prefix = given.get("adapter_name_or_path"), given.get("pre_seq_len")
     if given.get("use_lora") is False and adapter:
@@ -161,6 +165,42 @@ def check_output_folder(folder: Path, kind: str):
             f"--output_dir {folder} holds the result of another training (kind: {found}), and this one would write "
             f"its own (kind: {kind}) beside it: choose another folder, or empty that one."
         )
+
+
+# ------------------------------------------------------------------------------------------------- initialisation
+
+
+def check_init(given: dict):
+    """Raise a ValueError for an --init_lora_weights that PEFT would only half do: B zero, A random."""
+    missing = {
+        "corda": "needs covariances of the base's inputs, which peft.tuners.lora.corda.preprocess_corda collects",
+        "loftq": "needs a base that LoftQ has quantised, which PEFT's example loftq_finetuning makes",
+    }
+    method = str(given.get("init_lora_weights")).lower()
+    if method in missing:
+        raise ValueError(f"--init_lora_weights {method} {missing[method]}; this script does not: take eva or pissa.")
+
+
+def initialise_from_data(trainer, pad_token_id: int):
+    """With --init_lora_weights eva, A from the singular vectors of the layers' inputs in the first training batches.
+
+    Only in a run that starts: a resumed one has its weights. Raises a ValueError where the model is dealt out.
+    """
+    model, args = trainer.model, trainer.args
+    new = args.resume_from_checkpoint is None and isinstance(model, peft.PeftModel)
+    if not new or getattr(model.active_peft_config, "init_lora_weights", None) != "eva":
+        return
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError("--init_lora_weights eva needs the whole model in each process: drop --deepspeed or --fsdp.")
+    padded = PaddedCollator(pad_token_id)
+    data = DataLoader(
+        trainer.train_dataset,
+        batch_size=args.train_batch_size,
+        collate_fn=lambda rows: {name: tensor.to(model.device) for name, tensor in padded(rows).items()},
+    )
+    logger.info("The adapter starts from the inputs of its layers in the first training batches (EVA).")
+    # The processes look at the same rows, so that there is nothing to gather.
+    peft.initialize_lora_eva_weights(model, data, gather_distributed_inputs=False, show_progress_bar=False)
 
 
 # ------------------------------------------------------------------------------------------- which base was it

@@ -11,6 +11,7 @@ import evaluate
 import numpy as np
 import torch
 from torch.nn.functional import log_softmax
+from transformers import TrainerCallback
 from transformers.utils import is_torch_xla_available
 
 from .batches import IGNORE_INDEX, FlattenedCollator
@@ -31,6 +32,14 @@ def scoring(collator, row_format, training_args):
 def metric_defaults(given) -> dict:
     """Of --metric_for_best_model perplexity the lowest is best; Trainer knows that of losses only."""
     return {"greater_is_better": False} if "perplexity" in str(given.get("metric_for_best_model")) else {}
+
+
+class PerplexityWhileTraining(TrainerCallback):
+    """Adds the perplexity to each evaluation, whose metrics Trainer reads --metric_for_best_model from."""
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if str(args.metric_for_best_model).removeprefix("eval_") == "perplexity":
+            metrics["eval_perplexity"] = state.log_history[-1]["eval_perplexity"] = perplexity(metrics)
 
 
 def perplexity(metrics) -> float:
