@@ -4,14 +4,14 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #     "torch>=2.6",
-#     "transformers>=5.17,<6",
-#     "peft>=0.19.1",
-#     "datasets>=4.0",
+#     "transformers>=5.17,<5.25",
+#     "peft>=0.19.1,<0.22",
+#     "datasets>=4.0,<5.3",
 #     "evaluate>=0.4.6",
-#     "accelerate>=1.11",
+#     "accelerate>=1.11,<1.16",
+#     "filelock>=3.16",
 #     "sentencepiece>=0.2",
 #     "protobuf>=4.25",
-#     "filelock>=3.16",
 #     "psutil>=5.9",
 # ]
 # ///
@@ -26,7 +26,6 @@ and results are kept; with --no_use_lora and plain text it gives the same number
 reasons, in docs/modifications.md. Start it with python, torchrun or deepspeed, with flags or with one .json or .yaml.
 """
 
-import difflib
 import gc
 import importlib
 import importlib.util
@@ -58,7 +57,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    HfArgumentParser,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -74,15 +72,20 @@ try:
         batches,
         chat_rows,
         data_files,
+        flags,
         label_smoothing,
         launching,
         loss_plot,
+        memory,
+        mistakes,
         model_card,
+        preconditions,
         prediction,
         prefix_tuning,
         provenance,
         scores,
         screen,
+        self_checks,
         throughput,
     )
     from finetuning.batches import IGNORE_INDEX
@@ -182,7 +185,10 @@ class ChatArguments:
     test_file: str | None = argument(None, "Rows to answer with --do_predict, in the format of the other files.")
     max_source_length: int = argument(1024, "Most tokens before an answer. Longer: the oldest turns are dropped.")
     max_target_length: int = argument(128, "Most tokens of an answer, when trained and when generated.")
-    padding_free: bool = argument(True, "Lay rows end to end instead of padding them, where the model can do so.")
+    padding_free: bool = argument(
+        False, "Lay rows end to end, or stop; without this and the next flag: where the model keeps them apart."
+    )
+    no_padding_free: bool = argument(False, "Pad rows.")
     pack_to_length: int | None = argument(None, "Fill each training example with rows, up to this many tokens.")
     ignore_pad_token_for_loss: bool = argument(True, "Leave padding out of the loss.")
     pad_to_max_length: bool = argument(False, "Pad every batch to the maximum, for devices that want one shape.")
@@ -192,6 +198,7 @@ class ChatArguments:
     do_sample: bool = argument(False, "Draw the answers' tokens instead of taking the likeliest.")
     temperature: float = argument(1.0, "Sharpness of --do_sample; lower is sharper.")
     top_p: float = argument(1.0, "Share of the likeliest tokens that --do_sample draws from.")
+    self_check: bool = argument(True, "Try what the run relies on in the model first (docs/self_checks.md).")
 
     def __post_init__(self):
         if self.prompt_column is None and self.data_format == "auto" and (self.response_column or self.history_column):
@@ -205,7 +212,11 @@ class ChatArguments:
             raise ValueError("--temperature must be above 0, and --top_p above 0 and at most 1.")
         if (self.temperature != 1 or self.top_p != 1) and not self.do_sample:
             raise ValueError("--temperature and --top_p are for drawn tokens: add --do_sample.")
-        if self.pack_to_length is not None and not self.padding_free:
+        if self.padding_free and self.no_padding_free:
+            raise ValueError("--padding_free and --no_padding_free exclude each other: drop one of the flags.")
+        if self.pack_to_length is not None and self.pad_to_max_length:
+            raise ValueError("--pack_to_length and --pad_to_max_length exclude each other: drop one of the flags.")
+        if self.pack_to_length is not None and self.no_padding_free:
             raise ValueError("--pack_to_length needs rows end to end: drop --no_padding_free.")
 
 
@@ -258,11 +269,10 @@ ARGUMENT_CLASSES = (ModelArguments, DataTrainingArguments, *ADDED_ARGUMENTS, Tra
 
 def parsed_arguments():
     """One instance of each argument class, from the command line, and from a .json or .yaml file where it has one."""
-    parser = HfArgumentParser(ARGUMENT_CLASSES, description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = flags.FlagParser(ARGUMENT_CLASSES, ADDED_ARGUMENTS, description=__doc__.split("\n\n")[0])
     parser.set_defaults(logging_steps=LOGGED_SHARE)
-    words = launching.prepared_words(sys.argv[1:])
-    given = argument_files.given_arguments(parser, words, ARGUMENT_CLASSES)
-    adapters.check_flags(given)
+    given = argument_files.given_arguments(parser, launching.prepared_words(sys.argv[1:]), ARGUMENT_CLASSES)
+    adapters.check_init(given)
     return parser.parse_dict({**log_defaults(given), **scores.metric_defaults(given), **given})
 
 
@@ -783,10 +793,10 @@ def encoded_prompts(batch, indices, tokenizer, row_format, chat_args, split):
 
 
 def chat_collator(model, tokenizer, chat_args, training_args):
-    """Rows end to end where the flags and the model allow it, else padded."""
+    """The collator for the flags and for rows as long as the flags and the model allow."""
     longest = chat_args.max_source_length + chat_args.max_target_length + ENDING_TOKENS
     longest = min(longest, getattr(model.config, "max_position_embeddings", None) or longest)
-    return batches.chat_collator(model, padding_id(tokenizer), chat_args, training_args, longest)
+    return batches.chat_collator(padding_id(tokenizer), chat_args, training_args, longest)
 
 
 def padding_id(tokenizer) -> int:
@@ -969,8 +979,7 @@ def checked_modules(model, flag_value, flag) -> list[str] | None:
     for name in names or []:
         if not any(module == name or module.endswith("." + name) for module in modules):
             known = sorted({module.rpartition(".")[2] for module in modules} - {""})
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0)
-            raise ValueError(f"{flag}: the model has no layer '{name}'. Near: {', '.join(near)}.")
+            raise ValueError(f"{flag}: the model has no layer '{name}'. {mistakes.way_out(name, known)}")
     return names
 
 
@@ -990,14 +999,18 @@ def safeguards(arguments, data, tokenizer):
     return Safeguards(*arguments, data["train"], tokenizer) if training_args.do_train else None
 
 
-def trainer_options(model, tokenizer, row_format, chat_args, training_args, guards=None):
+def trainer_options(model, tokenizer, row_format, data, chat_args, training_args, guards=None):
     """What Trainer is given beyond run_clm.py's arguments, or in place of them: collator, callbacks and scores."""
     collator = chat_collator(model, tokenizer, chat_args, training_args) if row_format else block_collator
     loss = label_smoothing.loss_options(training_args)
     callbacks = guards.callbacks if guards else [TrainingChecks()]
+    if chat_args.self_check:
+        tried = (collator if row_format else None, data, chat_args, padding_id(tokenizer))
+        callbacks = [*callbacks, self_checks.SelfChecks(*tried, is_pretrained=bool(model.name_or_path))]
     return {
         "data_collator": guards.shielded(collator) if guards else collator,
         "callbacks": [
+            screen.Plan(),
             *callbacks,
             scores.PerplexityWhileTraining(),
             *([throughput.Throughput(loss.get("compute_loss_func"))] if row_format else []),
@@ -1012,6 +1025,8 @@ def make_trainer(model, tokenizer, data, options, training_args):
     train_dataset = data["train"] if training_args.do_train else None
     if isinstance(data, EncodedChats):
         train_dataset = batches.repeated_stream(train_dataset)
+    if isinstance(model, peft.PeftModel) and training_args.ddp_find_unused_parameters is None:
+        training_args.ddp_find_unused_parameters = False  # TrainingChecks sees to it that every tensor is used
     return model_card.DocumentedTrainer(
         model=model,
         args=training_args,
@@ -1025,7 +1040,9 @@ def make_trainer(model, tokenizer, data, options, training_args):
 def train(trainer, guards, tokenizer, model_args, row_format, limit):
     """Train, save the model or the adapter with a record of what it was made from, and write the metrics."""
     adapters.initialise_from_data(trainer, padding_id(tokenizer))
-    metrics = guards.trained_and_saved(trainer)
+    self_checks.know(trainer)
+    with memory.explained(trainer, "train"):
+        metrics = guards.trained_and_saved(trainer)
     record_training(trainer, tokenizer, model_args, row_format)
     metrics |= sample_count("train", trainer.train_dataset, limit)
     trainer.log_metrics("train", metrics)
@@ -1038,13 +1055,15 @@ def record_training(trainer, tokenizer, model_args, row_format):
     if trainer.args.should_save:
         TrainingChecks.check_saved(trainer.args.output_dir, trainer.model, trainer.state.global_step)
         origin = provenance.record(trainer.model, tokenizer, model_args, row_format)
+        origin["self_checks"] = self_checks.results_of(trainer)
         record = json.dumps(origin, ensure_ascii=False, indent=2)
         Path(trainer.args.output_dir, "provenance.json").write_text(record + "\n", encoding="utf-8")
 
 
 def evaluate_loss(trainer, limit):
     """Evaluate, and write loss, accuracy and perplexity."""
-    metrics = trainer.evaluate()
+    with memory.explained(trainer, "eval"):
+        metrics = trainer.evaluate()
     metrics = complete({**metrics, **sample_count("eval", trainer.eval_dataset, limit)})
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
@@ -1105,6 +1124,7 @@ def publish(trainer):
 def main():
     model_args, data_args, chat_args, lora_args, training_args = parsed_arguments()
     screen.set_up_logging(training_args)
+    preconditions.check(model_args, data_args, lora_args, training_args)
     launching.check_launch(training_args)
     check_output_folder(lora_args, training_args)
     set_seed(training_args.seed)
@@ -1118,11 +1138,13 @@ def main():
     data = chats_as_ids(raw, row_format, tokenizer, config, chat_args, data_args, training_args)
     if not row_format:
         data = text_blocks(data, tokenizer, config, data_args, training_args)
+    screen.show_data(data, raw)
     guards = safeguards((model_args, chat_args, lora_args, training_args), data, tokenizer)
 
     model = loaded_model(model_args, lora_args, training_args, config, tokenizer)
+    screen.show_model(model)
     model = adapted_model(model, lora_args, training_args)
-    options = trainer_options(model, tokenizer, row_format, chat_args, training_args, guards)
+    options = trainer_options(model, tokenizer, row_format, data, chat_args, training_args, guards)
     trainer = make_trainer(model, tokenizer, data, options, training_args)
 
     answer_while_training(trainer, tokenizer, data, chat_args)
@@ -1137,6 +1159,8 @@ def main():
     if training_args.do_train and lora_args.plot_loss:
         loss_plot.draw_losses(trainer)
     publish(trainer)
+    if training_args.do_train:
+        screen.show_next_steps(training_args.output_dir, model_args.model_name_or_path)
     launching.end_processes()
 
 
@@ -1146,4 +1170,4 @@ def _mp_fn(index):
 
 
 if __name__ == "__main__":
-    main()
+    mistakes.reported(main)()

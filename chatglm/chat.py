@@ -8,9 +8,17 @@ from threading import Event, Thread
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    BatchEncoding,
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation import BaseStreamer
-from transformers.tokenization_utils_base import BatchEncoding
+
+from .library_names import CACHE
 
 
 TRAINING_TIME = "[[训练时间]]"  # the models were taught to write this for the date
@@ -144,7 +152,7 @@ class ChatMixin:
             past_key_values = DynamicCache(config=self.config)
         else:
             inputs = self.continued(tokenizer, messages, past_key_values)
-        options = {**self.chat_options(tokenizer, options), "past_key_values": past_key_values}
+        options = {**self.chat_options(tokenizer, options), CACHE: past_key_values}
         reply_ids = []
         for token_id in generated_ids(self, **inputs, **options):
             reply_ids.append(token_id)

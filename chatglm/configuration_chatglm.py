@@ -4,10 +4,10 @@ import os
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .configuration_chatglm_6b import ChatGLM6BConfig
+from .configuration_parts import ChatGLMBaseConfig
 
 
 # ChatGLM2 and CodeGeeX2 divide positions by rope_ratio and work out rotary angles in the model's own dtype; ChatGLM3
@@ -45,17 +45,13 @@ def generation_of(config: dict[str, Any], name_or_path: str = "") -> str:
 
 
 @strict
-class ChatGLMConfig(PreTrainedConfig):
+class ChatGLMConfig(ChatGLMBaseConfig):
     """Reads and writes the published config.json; the library's names for the same values work as attributes.
 
     `generation` is "chatglm2", "codegeex2", "chatglm3" or "glm4"; where it is not given, `generation_of` decides.
-    `pre_seq_len` adds a trainable prefix (P-Tuning v2) of so many states and freezes all else; with
-    `prefix_projection` it passes through a small network. `quantization_bit` 4 or 8 is for quantised checkpoints.
     Raises ValueError for a checkpoint that this model cannot compute, ChatGLM-6B among them.
     """
 
-    model_type = "chatglm"
-    keys_to_ignore_at_inference = ["past_key_values"]
     tokenizer_class = "ChatGLMTokenizer"  # for folders without tokenizer_config.json
     tie_last_hidden_states = False  # hidden_states end with the state before the final norm, as published
     attribute_map = {
@@ -75,18 +71,14 @@ class ChatGLMConfig(PreTrainedConfig):
     }
 
     padded_vocab_size: int = 65024
-    num_layers: int = 28
-    hidden_size: int = 4096
     ffn_hidden_size: int = 13696
     kv_channels: int = 128
-    num_attention_heads: int = 32
     multi_query_attention: bool = False
     multi_query_group_num: int = 1
     seq_length: int = 2048
     rope_ratio: float | int = 1
     original_rope: bool = True
     rope_parameters: RopeParameters | dict | None = None
-    layernorm_epsilon: float = 1e-5
     rmsnorm: bool = True
     post_layer_norm: bool = True
     apply_residual_connection_post_layernorm: bool = False
@@ -95,15 +87,9 @@ class ChatGLMConfig(PreTrainedConfig):
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     classifier_dropout: float | int | None = None
-    initializer_range: float = 0.02
-    use_cache: bool = True
     tie_word_embeddings: bool = False
-    pad_token_id: int | None = 0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = 2
-    quantization_bit: int | None = 0
-    pre_seq_len: int | None = None
-    prefix_projection: bool = False
     generation: Literal["chatglm2", "codegeex2", "chatglm3", "glm4"] | None = None
 
     def __post_init__(self, **kwargs):

@@ -3,18 +3,17 @@
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+
+from .configuration_parts import ChatGLMBaseConfig
 
 
 @strict
-class ChatGLM6BConfig(PreTrainedConfig):
+class ChatGLM6BConfig(ChatGLMBaseConfig):
     """Reads and writes the published config.json; the library's names for the same values work as attributes.
 
     Raises ValueError where the sizes do not fit together.
     """
 
-    model_type = "chatglm"
-    keys_to_ignore_at_inference = ["past_key_values"]
     tokenizer_class = "ChatGLM6BTokenizer"  # for folders without tokenizer_config.json
     attribute_map = {
         "num_hidden_layers": "num_layers",
@@ -29,24 +28,14 @@ class ChatGLM6BConfig(PreTrainedConfig):
     }
 
     vocab_size: int = 150528
-    hidden_size: int = 4096
-    num_layers: int = 28
-    num_attention_heads: int = 32
     inner_hidden_size: int = 16384
-    layernorm_epsilon: float = 1e-5
     max_sequence_length: int = 2048
     position_encoding_2d: bool = True
-    quantization_bit: int = 0
-    pre_seq_len: int | None = None
-    prefix_projection: bool = False
-    initializer_range: float = 0.02
-    use_cache: bool = True
     tie_word_embeddings: bool = True  # the published file leaves it out, and the library of its time tied by default
     bos_token_id: int | None = 150004
     eos_token_id: int | list[int] | None = 150005
     mask_token_id: int = 150000
     gmask_token_id: int = 150001
-    pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs):
         streams = 2 if self.position_encoding_2d else 1

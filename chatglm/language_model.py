@@ -5,19 +5,48 @@ trained prefix.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
+from transformers import Cache, PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
+
+from .library_names import CACHE, takes_cache
 
 
 LOSS_ROWS = 512  # positions whose logits exist at once: 310 MB in float32 for the largest vocabulary, GLM-4's
 PREFIX_DROPOUT = 0.1
 TRAINED_WITH_PREFIX = ("prefix_encoder.", "classifier_head.")
+
+
+class PassedOn(TransformersKwargs, total=False):
+    """What a forward takes besides its parameters and hands on to the attention: the library's keywords and these."""
+
+    return_dict: bool | None
+    use_cache: bool | None  # for a layer, which drops its cache where it is checkpointed
+    row_ends: list[int]  # of rows laid end to end, for an attention of one's own (AttentionInterface)
+    # Continuous batching, in 5.17 to 5.24:
+    cache: object  # the paged one, up to 5.23
+    read_index: list[torch.Tensor]
+    write_index: list[torch.Tensor]
+    block_table: torch.Tensor | None
+    max_seqlen_q: int
+    max_seqlen_k: int
+    logits_indices: torch.Tensor
+    logits_processor_args: torch.Tensor
+
+
+def refuse_unknown(keywords: dict[str, Any], owner: nn.Module):
+    """TypeError for a keyword that nobody reads; without it a cache, a mask or positions under a new name get lost.
+
+    A `Cache` here is one that did not come by its name, whatever its name.
+    """
+    for name, value in keywords.items():
+        if value is not None and (name not in PassedOn.__optional_keys__ or isinstance(value, Cache)):
+            raise TypeError(f"{type(owner).__name__}.forward() got an unexpected keyword argument {name!r}")
 
 
 def summed_cross_entropy(states: torch.Tensor, targets: torch.Tensor, output_layer: nn.Module) -> torch.Tensor:
@@ -109,6 +138,7 @@ def kept_states(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> tor
 class CausalLMMixin:
     """The forward of a model that has a `transformer` and an `lm_head`."""
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -135,7 +165,7 @@ class CausalLMMixin:
         # Not a parameter: Trainer takes every parameter with "label" in its name for a label that each batch has.
         shift_labels = kwargs.pop("shift_labels", None)
         tokens = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
-        past = {"past_key_values": past_key_values, "use_cache": use_cache}
+        past = {CACHE: past_key_values, "use_cache": use_cache}
         outputs = self.transformer(**tokens, **past, attention_mask=attention_mask, **kwargs)
         states = outputs.last_hidden_state  # [B, S, H]
         kept = kept_states(states, logits_to_keep)
@@ -153,7 +183,7 @@ class CausalLMMixin:
             loss=loss,
             attentions=outputs.attentions,
             hidden_states=outputs.hidden_states,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers import Cache, DynamicCache, GenerationMixin, GradientCheckpointingLayer
 from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.glm.modeling_glm import (
@@ -24,11 +23,13 @@ from transformers.models.glm.modeling_glm import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
 
 from .chat import ChatMixin, json_arguments, python_call_arguments
 from .configuration_chatglm import GLM4_VOCABULARY, SECOND_GENERATION, ChatGLMConfig
-from .language_model import CausalLMMixin, PrefixEncoder, PrefixTunedMixin
+from .language_model import CausalLMMixin, PrefixEncoder, PrefixTunedMixin, refuse_unknown
+from .library_names import CACHE, for_peft, takes_cache
 from .quantization import linear
 
 
@@ -99,6 +100,7 @@ class ChatGLMAttention(nn.Module):
             parts = heads.unflatten(2, (self.num_heads, 3)).unbind(3)  # query, key, value side by side per head
         return tuple(part.transpose(1, 2) for part in parts)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -107,10 +109,11 @@ class ChatGLMAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        refuse_unknown(kwargs, self)
         query, key, value = self.split_heads(self.query_key_value(hidden_states))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
@@ -222,6 +225,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, GlmModel):
     def set_input_embeddings(self, value: nn.Embedding):
         self.embedding.word_embeddings = value
 
+    @takes_cache
     @can_return_tuple
     @merge_with_config_defaults
     def forward(
@@ -237,8 +241,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel, GlmModel):
         """GlmModel's forward; a prefix becomes the past of every layer, before position 0.
 
         Shapes: input_ids and position_ids [B, S], attention_mask [B, all S so far], inputs_embeds [B, S, H].
-        Raises ValueError for a prefix with another kind of mask, a static cache or a flattened batch.
+        Raises ValueError for a prefix with another kind of mask, a static cache or a flattened batch, and TypeError
+        for a keyword that is not one of `PassedOn`.
         """
+        refuse_unknown(kwargs, self)
         if self.config.pre_seq_len:
             given = input_ids if inputs_embeds is None else inputs_embeds
             batch_size, length = given.shape[:2]
@@ -260,12 +266,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel, GlmModel):
             position_ids=position_ids,
             attention_mask=attention_mask,
             use_cache=use_cache,
-            past_key_values=past_key_values,
             return_dict=True,
+            **{CACHE: past_key_values},
             **kwargs,
         )
         if isinstance(past_key_values, ChatGLMPrefixCache):
-            outputs.past_key_values = None
+            return BaseModelOutputWithPast(**{name: value for name, value in outputs.items() if name != CACHE})
         return outputs
 
     def refuse_what_has_no_place_for_a_prefix(
@@ -333,6 +339,7 @@ class ChatGLMForConditionalGeneration(
     def set_output_embeddings(self, new_embeddings: nn.Linear):
         self.transformer.output_layer = new_embeddings
 
+    @takes_cache
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, past_key_values=None, inputs_embeds=None, **kwargs
     ):
@@ -340,13 +347,14 @@ class ChatGLMForConditionalGeneration(
         goes_on = past_key_values is not None and past_key_values.get_seq_length() > 0
         if goes_on and kwargs.get("is_first_iteration") and next_sequence_length is not None:
             next_sequence_length += self.config.pre_seq_len or 0
-        return super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{CACHE: past_key_values},
             **kwargs,
         )
+        return for_peft(inputs)
 
     @staticmethod
     def create_masks_for_generate(config, attention_mask, **kwargs):

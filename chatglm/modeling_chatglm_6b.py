@@ -9,10 +9,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers import Cache, DynamicCache, GenerationMixin, GradientCheckpointingLayer, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.glm.modeling_glm import eager_attention_forward
@@ -22,7 +20,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .chat import ChatMixin, generated_ids
 from .configuration_chatglm_6b import ChatGLM6BConfig
-from .language_model import CausalLMMixin, PrefixEncoder, PrefixTunedMixin
+from .language_model import CausalLMMixin, PrefixEncoder, PrefixTunedMixin, refuse_unknown
+from .library_names import CACHE, for_peft, takes_cache
 from .quantization import linear
 
 
@@ -65,6 +64,7 @@ class ChatGLM6BAttention(nn.Module):
         self.query_key_value = linear(size, 3 * size, bias=True, quantization_bit=bits)
         self.dense = linear(size, size, bias=True, quantization_bit=bits)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -74,6 +74,7 @@ class ChatGLM6BAttention(nn.Module):
         prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        refuse_unknown(kwargs, self)
         heads = self.query_key_value(hidden_states).unflatten(-1, (self.config.num_attention_heads, -1))
         query, key, value = heads.transpose(1, 2).chunk(3, dim=-1)  # [B, n, S, d] each
         streams = position_embeddings[0].shape[-2:]
@@ -82,7 +83,7 @@ class ChatGLM6BAttention(nn.Module):
         )  # [B, n, S, T, d/T]
         query, key = query.flatten(-2), key.flatten(-2)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
         if prefix is not None:  # not in the cache, which gradient checkpointing would take away
             key, value = (torch.cat(pair, dim=2) for pair in zip(prefix, (key, value), strict=True))
 
@@ -125,7 +126,7 @@ class ChatGLM6BPreTrainedModel(PrefixTunedMixin, PreTrainedModel):
     _input_embed_layer = "word_embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ChatGLM6BBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
@@ -150,6 +151,7 @@ class ChatGLM6BModel(ChatGLM6BPreTrainedModel):
         self.post_init()
         self.freeze_untrained()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -162,6 +164,7 @@ class ChatGLM6BModel(ChatGLM6BPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
+        refuse_unknown(kwargs, self)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds.")
         if inputs_embeds is None:
@@ -187,13 +190,13 @@ class ChatGLM6BModel(ChatGLM6BPreTrainedModel):
                 hidden_states,
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
                 prefix=prefix,
                 use_cache=use_cache,
+                **{CACHE: past_key_values},
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.final_layernorm(hidden_states), past_key_values=past_key_values
+            last_hidden_state=self.final_layernorm(hidden_states), **{CACHE: past_key_values}
         )
 
     def is_token(
@@ -385,9 +388,10 @@ class ChatGLM6BForConditionalGeneration(ChatMixin, CausalLMMixin, ChatGLM6BPreTr
         inputs["position_ids"] = positions[..., -fed.shape[1] :]
         if prompt_mask is not None and fed.shape[1] > 1:
             inputs["attention_mask"] = grown_mask(prompt_mask, length)[:, :, -fed.shape[1] :]
-        return inputs
+        return for_peft(inputs)
 
     @staticmethod
+    @takes_cache
     def create_masks_for_generate(attention_mask: torch.Tensor | None, past_key_values: Cache, **kwargs):
         """The 2-D mask in one size for all steps with a static cache; `forward` makes the rest of it."""
         if attention_mask is None:

@@ -1,14 +1,12 @@
 """Tokenizer of GLM-4-9B, with its published prompt as chat template."""
 
 import base64
-from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken, Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from .tokenization_parts import ROLE_TOKENS, Part, PartsTokenizer, config_beside, is_trained
 
@@ -101,15 +99,6 @@ def default_template(vocab_file: str | None, name_or_path: str) -> str:
     return CHAT_TEMPLATE.replace("ASSISTANT", LONG_CONTEXT_ASSISTANT if long_context else ASSISTANT)
 
 
-@lru_cache(maxsize=8)
-def rendered_probe(template: str) -> str:
-    """The probe by a template, or nothing where the template fails on it."""
-    try:
-        return render_jinja_template([PROBE], chat_template=template, add_generation_prompt=True)[0][0]
-    except (TemplateError, TypeError, KeyError):
-        return ""
-
-
 class ChatGLM4Tokenizer(PartsTokenizer):
     """Fast tokenizer over the published tokenizer.model.
 
@@ -137,6 +126,7 @@ class ChatGLM4Tokenizer(PartsTokenizer):
         for name in ("pad_token", "eos_token"):
             kwargs.setdefault(name, END_TOKEN)
         kwargs.setdefault("chat_template", default_template(vocab_file, kwargs.get("name_or_path") or ""))
+        self._probes = {}  # what a template says of `PROBE`: 0.4 ms, where a short message is encoded in 0.1 ms
         super().__init__(vocab_file=vocab_file, **kwargs)
         self.update_post_processor()  # instead of the converter's, which adds no prefix
 
@@ -164,9 +154,23 @@ class ChatGLM4Tokenizer(PartsTokenizer):
                 texts.append(super()._decode(list(run), **kwargs))
         return " ".join(text for text in texts if text)
 
+    def _rendered(self, messages: list[dict], template: str, cue: bool = False) -> str:
+        return super(PartsTokenizer, self).apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=cue, tokenize=False
+        )
+
+    def _rendered_probe(self, template: str) -> str:
+        """The probe by a template, or nothing where the template fails on it."""
+        if template not in self._probes:
+            try:
+                self._probes[template] = self._rendered(PROBE, template, cue=True)
+            except (TemplateError, TypeError, KeyError):
+                self._probes[template] = ""
+        return self._probes[template]
+
     def _own_prompt(self, template: str) -> bool:
         parts = self._parts(PROBE, [], True, template)
-        return rendered_probe(template) == "".join([*PREFIX, self._text_of(parts)])
+        return self._rendered_probe(template) == "".join([*PREFIX, self._text_of(parts)])
 
     def _parts(self, messages: list[dict], tools: list, cue: bool, template: str) -> list[Part]:
         """Role token, then metadata, newline and content as one text; a reply is ended by the next role token."""
@@ -190,7 +194,7 @@ class ChatGLM4Tokenizer(PartsTokenizer):
         """The template's description of tools."""
         wrapped = [tool if "type" in tool else {"type": "function", "function": tool} for tool in tools]
         message = {"role": "system", "content": "", "tools": wrapped}
-        text = render_jinja_template([[message]], chat_template=template)[0][0]
+        text = self._rendered([message], template)
         if not text.startswith(TOOLS_START):
             raise ValueError(
                 "The chat template says nothing about tools; describe them in the system message instead."

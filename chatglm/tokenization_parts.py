@@ -6,9 +6,8 @@ from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer, processors
-from transformers import TokenizersBackend
-from transformers.tokenization_utils_base import BatchEncoding
-from transformers.utils.chat_template_utils import get_json_schema
+from transformers import BatchEncoding, TokenizersBackend
+from transformers.utils import get_json_schema
 
 
 VOCAB_FILES_NAMES = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}

@@ -18,20 +18,6 @@ from .batches import PaddedCollator
 
 logger = logging.getLogger("run_chatglm_lora.adapters")
 
-PEFT_FIELDS = {  # flags that shape an adapter, and what PEFT calls them in adapter_config.json
-    "peft_type": "peft_type",
-    "lora_r": "r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "lora_target_modules": "target_modules",
-    "lora_modules_to_save": "modules_to_save",
-    "lora_bias": "bias",
-    "use_rslora": "use_rslora",
-    "use_dora": "use_dora",
-    "init_lora_weights": "init_lora_weights",
-    "num_virtual_tokens": "num_virtual_tokens",
-    "prefix_projection": "prefix_projection",
-}
 SAMPLED_TENSORS = 16  # of a base, evenly spaced by name, tell it from others
 TEXT_FILES = ["*.json", "*.jinja", "*.py", "*.model", "*.txt", "*LICENSE*"]
 NOT_FOUND_IS_NONE = {
@@ -104,48 +90,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, end: int | list[int] | None) ->
     return sorted({*ids, *getattr(tokenizer, "stop_token_ids", [])} - {None})
 
 
-# ------------------------------------------------------------------------------------------- flags beside an adapter
-
-
-def check_flags(given: dict):
-    """Raise a ValueError for flags, by name, that contradict each other about whether and how an adapter is shaped."""
-    check_init(given)
-    shaping = {name: given[name] for name in PEFT_FIELDS.keys() & given.keys()}
-    adapter, prefix = given.get("adapter_name_or_path"), given.get("pre_seq_len")
-    if given.get("use_lora") is False and adapter:
-        raise ValueError(f"--no_use_lora trains all weights, and would pass over --adapter_name_or_path {adapter}.")
-    if prefix or given.get("use_lora") is False:
-        cause = "--pre_seq_len trains ChatGLM's own prefix" if prefix else "--no_use_lora trains all weights"
-        if idle := shaping.keys() - ({"prefix_projection"} if prefix else set()):
-            raise ValueError(f"{cause}, for which --{min(idle)} means nothing: drop one of the two flags.")
-    elif folder := adapter and adapter_folder(adapter):
-        check_shape(folder, shaping)
-    elif not adapter:
-        method = given.get("peft_type", "LORA").upper()
-        known = vars(peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(method, peft.LoraConfig)())
-        for name in shaping.keys() - {"peft_type"}:
-            if PEFT_FIELDS[name] not in known:
-                raise ValueError(f"--{name} means nothing for --peft_type {method}: drop one of the two flags.")
-
-
-def check_shape(folder: Path, shaping: dict):
-    """Raise a ValueError for a flag that wants another shape than the adapter in the folder has."""
-    config = adapter_config(folder)
-    for name, value in shaping.items():
-        own = getattr(config, PEFT_FIELDS[name], None)
-        if as_flag(own) != as_flag(value):
-            raise ValueError(
-                f"--{name} {value}: the adapter in --adapter_name_or_path {folder} has {as_flag(own)}, which stays: "
-                f"drop --{name}, or train a new adapter without --adapter_name_or_path."
-            )
-
-
-def as_flag(value) -> str:
-    """A field of adapter_config.json as it would stand behind a flag."""
-    if isinstance(value, (list, set, tuple)):
-        return ",".join(sorted(value))
-    text = str(getattr(value, "value", value))
-    return ",".join(sorted(text.split(","))) if re.fullmatch(r"[\w.,-]+", text) and "," in text else text.lower()
+# ------------------------------------------------------------------------------------------ results of other trainings
 
 
 def check_output_folder(folder: Path, kind: str):

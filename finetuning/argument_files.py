@@ -1,6 +1,5 @@
 """Which flags were given: on the command line, in one .json or .yaml file, or in both, where the line overrides."""
 
-import argparse
 import json
 import re
 from dataclasses import fields
@@ -10,7 +9,6 @@ import yaml
 
 
 ENDINGS = (".json", ".yaml", ".yml")
-NOT_GIVEN = object()
 
 
 def given_arguments(parser, words, classes) -> dict:
@@ -18,17 +16,7 @@ def given_arguments(parser, words, classes) -> dict:
     values = {}
     if words and words[0].endswith(ENDINGS):
         values, words = file_arguments(words[0], classes), words[1:]
-    return values | given_flags(parser, words, classes)
-
-
-def given_flags(parser, words, classes) -> dict:
-    """The values of the flags on a command line, by name, without the defaults of all others.
-
-    argparse sets a default only where the namespace has no value yet.
-    """
-    unset = {f.name: NOT_GIVEN for cls in classes for f in fields(cls)}
-    namespace = parser.parse_args(words, argparse.Namespace(**unset))
-    return {name: value for name, value in vars(namespace).items() if value is not NOT_GIVEN}
+    return values | parser.given(words)
 
 
 def file_arguments(path, classes):
@@ -37,8 +25,13 @@ def file_arguments(path, classes):
     YAML 1.1 reads 2e-4 as a string and no as false; where a flag is a number, a strategy or a word, what was meant is
     taken (resume_from_checkpoint: true).
     """
-    text = Path(path).read_text(encoding="utf-8")
-    values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold names and values of flags, such as learning_rate: 2e-4.")
     flags = {f.name: f for cls in classes for f in fields(cls)}
     for name, value in list(values.items()):
         kind = str(flags[name].type) if name in flags else ""

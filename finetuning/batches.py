@@ -26,7 +26,7 @@ ROWWISE = "sdpa_rowwise"
 
 @dataclass
 class PaddedCollator:
-    """Rows padded on the right to the longest one, rounded up to a multiple of 8, or to `length`.
+    """Rows padded on the right to the longest one, rounded up to `multiple_of`, or to `length`.
 
     With `answers_only` the model is told, as `logits_to_keep` [N], to make logits where some row has a label for the
     next token, and labels are [B, N]; else labels are [B, S]. In both the label of a position is what the model should
@@ -38,9 +38,11 @@ class PaddedCollator:
     label_pad_id: int = IGNORE_INDEX
     length: int | None = None
     answers_only: bool = False
+    multiple_of: int = 8
 
     def __call__(self, rows):
-        width = self.length or math.ceil(max(len(row["input_ids"]) for row in rows) / 8) * 8
+        longest = max(len(row["input_ids"]) for row in rows)
+        width = self.length or math.ceil(longest / self.multiple_of) * self.multiple_of
         fills = {"input_ids": self.pad_token_id, "labels": self.label_pad_id, "attention_mask": 0}
         rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
         batch = {
@@ -126,52 +128,53 @@ def base_of(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def takes_flattened(model, training_args) -> bool:
-    """Whether a model keeps rows that lie end to end apart: those that flash attention can run without padding.
-
-    Not so with a trained prefix, which stands before each row, nor where a batch is cut along its first dimension.
-    """
-    base = base_of(model)
-    prefix = getattr(base.config, "pre_seq_len", None) or getattr(model, "active_peft_config", None)
-    prefix = prefix if isinstance(prefix, int) else getattr(prefix, "is_prompt_learning", False)
-    apart = getattr(base, "_supports_flash_attn", False) and getattr(base, "_supports_attention_backend", False)
-    return bool(apart and not getattr(base, "_is_stateful", False) and not prefix and training_args.n_gpu <= 1)
+def learns_prompt(model) -> bool:
+    """Whether a trained prefix or prompt stands before each row: ChatGLM's own, or one of PEFT's."""
+    config = getattr(model, "active_peft_config", None)
+    return bool(getattr(base_of(model).config, "pre_seq_len", None) or getattr(config, "is_prompt_learning", False))
 
 
 def takes_logits_to_keep(model) -> bool:
-    """Whether a model makes logits at chosen positions; virtual tokens of PEFT would move the positions."""
+    """Whether a model has logits at chosen positions; virtual tokens of PEFT would move the positions."""
     config = getattr(model, "active_peft_config", None)
     moved = getattr(config, "is_prompt_learning", False)
     return not moved and "logits_to_keep" in inspect.signature(base_of(model).forward).parameters
 
 
-def chat_collator(model, padding_id, chat_args, training_args, longest):
-    """The collator for what the flags ask for and the model can take; it also sets the model's attention."""
-    base = base_of(model)
+@dataclass
+class ChatCollator:
+    """Padded batches, or rows end to end: what self_checks finds the model to take before the first batch is made.
+
+    `longest` is the most tokens that a row may have.
+    """
+
+    padded: PaddedCollator
+    longest: int
+    end_to_end: bool = False
+
+    def __call__(self, rows):
+        return FlattenedCollator()(rows) if self.end_to_end else self.padded(rows)
+
+
+def chat_collator(padding_id, chat_args, training_args, longest):
+    """The collator for what the flags ask for: padded batches with all logits, unless more is asked for by hand."""
     # Batches of a stream go to each process whole: logits_to_keep and the rows' ends must not be cut into shares.
     training_args.accelerator_config.dispatch_batches = False
-    noise = training_args.neftune_noise_alpha
-    if noise is not None:
+    if training_args.neftune_noise_alpha is not None:
+        if chat_args.pack_to_length or chat_args.padding_free:
+            raise ValueError(
+                "--neftune_noise_alpha scales its noise by the length of a row, and --pack_to_length and "
+                "--padding_free make one row of several: drop one of the flags."
+            )
         logger.info("--neftune_noise_alpha: rows are padded, because NEFTune scales its noise by a row's length.")
-    flattened = chat_args.padding_free and not chat_args.pad_to_max_length and noise is None
-    if flattened and takes_flattened(model, training_args):
-        windows = getattr(base.config, "sliding_window", None) and getattr(base.config, "use_sliding_window", True)
-        if base.config._attn_implementation == "sdpa" and not windows:
-            base.set_attn_implementation(ROWWISE)
-        return FlattenedCollator()
-    if chat_args.pack_to_length and noise is not None:
-        raise ValueError(
-            "--neftune_noise_alpha scales its noise by the length of a row, and --pack_to_length makes one row of "
-            "several: drop one of the flags."
-        )
-    if chat_args.pack_to_length:
-        raise ValueError("--pack_to_length: this model cannot keep rows that lie end to end apart: drop the flag.")
-    return PaddedCollator(
+        chat_args.no_padding_free = True
+    padded = PaddedCollator(
         pad_token_id=padding_id,
         label_pad_id=IGNORE_INDEX if chat_args.ignore_pad_token_for_loss else padding_id,
         length=longest if chat_args.pad_to_max_length else None,
-        answers_only=not chat_args.pad_to_max_length and takes_logits_to_keep(model),
     )
+    asked = chat_args.padding_free or chat_args.pack_to_length
+    return ChatCollator(padded, longest, end_to_end=bool(asked and not chat_args.pad_to_max_length))
 
 
 def rowwise_attention(module, query, key, value, attention_mask, row_ends=None, **kwargs):

@@ -94,8 +94,8 @@ def check_columns(found, columns, questions_only=False):
 
 
 def nearest(name, names) -> str:
-    """A question that offers the nearest of some names, or nothing where there are none."""
-    near = difflib.get_close_matches(str(name), [str(each) for each in names], n=1, cutoff=0)
+    """A question that offers the nearest of some names, or nothing where none is near."""
+    near = difflib.get_close_matches(str(name), [str(each) for each in names], n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 

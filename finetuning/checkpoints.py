@@ -59,7 +59,7 @@ def run_settings(model_args, chat_args, lora_args, training_args, train_data, to
         and tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False),
         "the training data (files, --max_train_samples, length flags, tokenizer)": fingerprint(train_data),
     }
-    batches = {"--padding_free": chat_args.padding_free, "--pad_to_max_length": chat_args.pad_to_max_length}
+    batches = {"--no_padding_free": chat_args.no_padding_free, "--pad_to_max_length": chat_args.pad_to_max_length}
     return Settings(fixed, flag_values(training_args, FROM_HERE_ON) | batches)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel, get_peft_model_state_dict
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 
@@ -156,13 +157,16 @@ def predict(trainer, tokenizer, data, chat_args, pad_token_id, stage="predict"):
         logger.info(f"{len(lines)} of {len(rows)} rows were answered before the last run was stopped: going on.")
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number]["input_ids"]))
     batch_size = args.per_device_eval_batch_size * args.world_size
+    hidden = args.disable_tqdm or not args.should_log
+    bar = tqdm(desc="Answering", unit="row", total=len(rows), initial=len(lines), disable=hidden)
     for start in range(len(lines), len(rows), batch_size):
         batch = [rows[number] for number in order[start : start + batch_size]]
         new = answered(trainer, tokenizer, batch, chat_args, pad_token_id)
         lines += new
         if args.should_save:
             file.write(new, "a")
-        logger.info(f"Answered {len(lines)} of {len(rows)} rows")
+        bar.update(len(new))
+    bar.close()
     if args.should_save:
         file.finish([line for _, line in sorted(zip(order, lines, strict=True), key=itemgetter(0))])
     metrics = {f"{stage}_{name}": value for name, value in answer_scores(lines).items()}

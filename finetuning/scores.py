@@ -4,7 +4,6 @@ Shapes: B rows, S positions, N positions whose logits are computed, V vocabulary
 """
 
 import math
-from functools import partial
 
 import datasets
 import evaluate
@@ -14,7 +13,7 @@ from torch.nn.functional import log_softmax
 from transformers import TrainerCallback
 from transformers.utils import is_torch_xla_available
 
-from .batches import IGNORE_INDEX, FlattenedCollator
+from .batches import IGNORE_INDEX
 
 
 def scoring(collator, row_format, training_args):
@@ -24,9 +23,10 @@ def scoring(collator, row_format, training_args):
     if not row_format:
         return {"compute_metrics": masked_accuracy, "preprocess_logits_for_metrics": best_tokens}
     training_args.batch_eval_metrics = True  # summed batch by batch: memory does not grow with the rows
-    flattened = isinstance(collator, FlattenedCollator)
-    scores = partial(row_scores, flattened=flattened)
-    return {"compute_metrics": TokenScores(), "preprocess_logits_for_metrics": scores}
+    return {
+        "compute_metrics": TokenScores(),
+        "preprocess_logits_for_metrics": lambda logits, labels: row_scores(logits, labels, collator.end_to_end),
+    }
 
 
 def metric_defaults(given) -> dict:

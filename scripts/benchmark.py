@@ -29,7 +29,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration  # noqa: E402
 from finetuning import batches  # noqa: E402
+from finetuning.self_checks import SelfChecks  # noqa: E402
 from finetuning.throughput import peak_memory  # noqa: E402
+from run_chatglm_lora import ChatArguments  # noqa: E402
 
 
 WAYS = ("static", "dynamic", "ours")
@@ -123,14 +125,16 @@ def measured(way, shape, steps, batch_size) -> dict:
             train_sampling_strategy="sequential", report_to="none", logging_steps=WARM_UP + steps, save_strategy="no",
             disable_tqdm=True, bf16=device == "cuda", use_cpu=device == "cpu", remove_unused_columns=False,
         )  # fmt: skip
+        checks = []
         if way == "ours":
-            chat_args = argparse.Namespace(padding_free=True, pad_to_max_length=False)
-            collator = batches.chat_collator(model, 0, chat_args, args, STATIC_LENGTH)
+            chat_args = ChatArguments()
+            collator = batches.chat_collator(0, chat_args, args, STATIC_LENGTH)
+            checks = [SelfChecks(collator, {"train": rows}, chat_args, 0, is_pretrained=False)]
         else:
             collator = batches.PaddedCollator(0, length=STATIC_LENGTH if way == "static" else None)
         timer = Timer()
         trainer = Trainer(
-            model, args, data_collator=collator, train_dataset=rows, callbacks=[timer],
+            model, args, data_collator=collator, train_dataset=rows, callbacks=[*checks, timer],
             compute_loss_func=None if way == "ours" else loss_of_all_logits,
         )  # fmt: skip
         result = trainer.train()

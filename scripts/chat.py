@@ -8,10 +8,9 @@ MODEL is an adapter folder, a model folder or a hub name. The prompt is the one 
 """
 
 import argparse
+import importlib.util
 import json
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import transformers
+from chat_page import page, serve
+from chatbot import Chatbot, is_call, next_message, text_of
 from opening import opened
 
-from chatglm.chat import generated_ids
-from finetuning.adapters import stop_ids
+from finetuning.self_checks import SelfCheckFailed, check_answers
 from run_chatglm_lora import padding_id
 
 
+QUESTIONS = ["你好", "Who are you?"]  # of the self-check: two lengths
 HELP = '''\
 /clear         forget the conversation
 /system TEXT   begin anew under this system message, or under none
@@ -66,6 +67,12 @@ def parsed_arguments() -> argparse.Namespace:
         choices=["bfloat16", "float16", "float32"],
         help="default: bfloat16 (float16 on older cards), on the CPU as stored",
     )
+    loading.add_argument(
+        "--no_self_check",
+        action="store_false",
+        dest="self_check",
+        help="do not compare answers with and without cache",
+    )
     bits = loading.add_mutually_exclusive_group()
     bits.add_argument("--load_in_4bit", action="store_const", const=4, dest="bits", help="needs bitsandbytes")
     bits.add_argument("--load_in_8bit", action="store_const", const=8, dest="bits", help="needs bitsandbytes")
@@ -77,78 +84,7 @@ def parsed_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# ---------------------------------------------------------------------------------------------------------- answers
-
-
-class Chatbot:
-    """A model that answers conversations, which are kept by whoever asks.
-
-    `options` go to `generate`. Raises ValueError for tools where the model does not call any.
-    """
-
-    def __init__(self, model, tokenizer, options: dict[str, Any], tools: list[dict] | None = None):
-        if tokenizer.chat_template is None:
-            raise ValueError("The tokenizer of this model has no chat template, so it knows no conversations.")
-        self.model, self.tokenizer, self.tools = model, tokenizer, tools
-        stops = stop_ids(tokenizer, model.generation_config.eos_token_id)
-        self.calls_end_with = tokenizer.convert_tokens_to_ids("<|observation|>")
-        if tools and self.calls_end_with not in stops:
-            raise ValueError("This model was not made to call tools (ChatGLM3 and GLM-4 are): leave --tools out.")
-        self.options = {**options, "eos_token_id": stops, "pad_token_id": padding_id(tokenizer)}
-        self.positions = getattr(model.config, "max_position_embeddings", None)
-        if self.positions:
-            self.options["max_new_tokens"] = min(self.options["max_new_tokens"], self.positions // 2)
-
-    def prompt(self, messages: list[dict]) -> tuple[list[int], int]:
-        """Ids of a conversation up to the cue for an answer, and how many of its oldest turns had no room."""
-        system = [message for message in messages[:1] if message["role"] == "system"]
-        turns, dropped = messages[len(system) :], 0
-        while True:
-            ids = self.tokenizer.apply_chat_template(
-                system + turns, tools=self.tools, add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-            if not self.positions or len(ids) + self.options["max_new_tokens"] <= self.positions:
-                return ids, dropped
-            starts = [index for index, message in enumerate(turns) if message["role"] == "user"]
-            if len(starts) < 2:
-                raise ValueError(
-                    f"The question makes a prompt of {len(ids)} tokens. The model has {self.positions} positions, of "
-                    f"which {self.options['max_new_tokens']} are kept for the answer (--max_new_tokens): shorten it."
-                )
-            turns, dropped = turns[starts[1] :], dropped + 1
-
-    def answer(self, ids: list[int]) -> Iterator[dict]:
-        """The message that answers a prompt, as far as it has come, again and again until it is complete.
-
-        A complete call of a tool has the tool's name as `metadata`.
-        """
-        given = torch.tensor([ids], device=self.model.device)  # [1, S]
-        reply = []
-        inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
-        for token in generated_ids(self.model, **inputs, **self.options):
-            reply.append(token)
-            # All of it each time: decoded by pieces, SentencePiece drops the blank that a piece begins with.
-            text = self.tokenizer.decode(reply, skip_special_tokens=True)
-            if token == self.calls_end_with:
-                name, _, call = text.partition("\n")
-                yield {"role": "assistant", "metadata": name.strip(), "content": call.strip()}
-            elif not text.endswith("\ufffd"):  # half a character
-                yield {"role": "assistant", "content": text.strip()}
-
-
-def is_call(message: dict | None) -> bool:
-    """Whether a message calls a tool, so that the tool's result comes next."""
-    return bool(message and message.get("metadata"))
-
-
-def text_of(message: dict) -> str:
-    return "\n".join([message["metadata"], message["content"]]) if is_call(message) else message["content"]
-
-
-def next_message(messages: list[dict], text: str) -> dict:
-    """What a user writes: a question or, after the call of a tool, what that returns."""
-    called = bool(messages) and is_call(messages[-1])
-    return {"role": "observation" if called else "user", "content": text}
+# --------------------------------------------------------------------------------------------------------- terminal
 
 
 def printed(bot: Chatbot, messages: list[dict], stream: bool = True) -> dict | None:
@@ -171,9 +107,6 @@ def printed(bot: Chatbot, messages: list[dict], stream: bool = True) -> dict | N
         print(("\n" if shown else "") + text, end="")
     print(stopped)
     return message
-
-
-# --------------------------------------------------------------------------------------------------------- terminal
 
 
 class Conversation:
@@ -265,63 +198,6 @@ def converse(conversation: Conversation):
             conversation.ask(text)
 
 
-# ------------------------------------------------------------------------------------------------------------- page
-
-
-def page(bot: Chatbot, system: str | None, title: str):
-    """Gradio's chat page. Each browser session has a history of its own; answers are made one after the other."""
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    try:
-        import gradio
-    except ImportError as error:
-        raise ValueError("--web needs gradio: pip install 'gradio>=6'") from error
-
-    def replies(text, history):
-        messages = [{"role": "system", "content": system}] if system else []
-        for message in history:
-            content = message["content"]
-            if not isinstance(content, str):  # Gradio's list of parts
-                content = "".join(part.get("text", "") for part in content)
-            name = (message.get("metadata") or {}).get("title")
-            role = next_message(messages, "")["role"] if message["role"] == "user" else "assistant"
-            messages.append({"role": role, "content": content, **({"metadata": name} if name else {})})
-        messages.append(next_message(messages, text))
-        try:
-            ids, dropped = bot.prompt(messages)
-        except ValueError as error:
-            raise gradio.Error(str(error)) from error
-        if dropped:
-            gradio.Info(f"The oldest {dropped} turns are left out: the prompt was too long.")
-        for message in bot.answer(ids):
-            if is_call(message):
-                yield gradio.ChatMessage(message["content"], metadata={"title": message["metadata"]})
-            else:
-                yield message["content"]
-
-    # Without the button that sends a conversation to the hub's forum.
-    messages = gradio.Chatbot(show_label=False, buttons=["copy", "copy_all"], scale=1)
-    return gradio.ChatInterface(replies, chatbot=messages, title=title, concurrency_limit=1, analytics_enabled=False)
-
-
-def launched(interface, host: str, port: int | None):
-    """Start to serve the page; with port None at the first free one from 7860 on."""
-    import gradio
-
-    # The default theme asks a font service; these are on every computer.
-    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    place = {"server_name": host, "server_port": port, "share": False, "prevent_thread_lock": True}
-    interface.launch(**place, theme=theme, footer_links=[], ssr_mode=False, quiet=True)
-
-
-def serve(interface, host: str, port: int):
-    """Show the page until Ctrl-C."""
-    launched(interface, host, port)
-    if host not in ("127.0.0.1", "localhost"):
-        print(f"Everybody who reaches port {port} of this computer can use the page.", file=sys.stderr)
-    print(f"http://{host}:{port}   (Ctrl-C ends)", flush=True)
-    interface.block_thread()
-
-
 # ------------------------------------------------------------------------------------------------------------- main
 
 
@@ -380,11 +256,17 @@ def chatbot(arguments: argparse.Namespace) -> Chatbot:
     )
     if arguments.seed is not None:
         transformers.set_seed(arguments.seed)
-    return Chatbot(model, tokenizer, options, tools)
+    bot = Chatbot(model, tokenizer, options, tools)
+    if arguments.self_check:
+        questions = ([{"role": "user", "content": text}] for text in QUESTIONS)
+        check_answers(model, [bot.prompt(messages)[0] for messages in questions], padding_id(tokenizer))
+    return bot
 
 
 def main():
     arguments = parsed_arguments()
+    if arguments.web and not importlib.util.find_spec("gradio"):
+        sys.exit("chat.py: --web needs gradio: pip install 'gradio>=6'")
     transformers.utils.logging.set_verbosity_error()
     try:
         bot = chatbot(arguments)
@@ -398,7 +280,7 @@ def main():
             converse(Conversation(bot, arguments.system))
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SelfCheckFailed) as error:
         sys.exit(f"chat.py: {error}")
 
 

@@ -8,7 +8,7 @@
 # environment that interpreter is used as it is, and nothing is installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ -n "${PYTHON:-}" ] || bash scripts/setup.sh requirements.txt
+[ -n "${PYTHON:-}" ] || bash scripts/setup.sh requirements.lock
 export HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu
 
 python=${PYTHON:-.venv/bin/python}

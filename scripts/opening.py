@@ -1,11 +1,7 @@
 """Model and tokenizer of a folder or hub name, be it of a model or of an adapter with its base."""
 
 import importlib.util
-import sys
 from pathlib import Path
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import peft
 import torch

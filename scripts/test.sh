@@ -1,23 +1,42 @@
 #!/usr/bin/env bash
-# Sets up .venv where that is needed, checks the style and runs the tests: bash scripts/test.sh [pytest options]
-# The package chatglm/ is tested a second time on the oldest supported transformers.
+# Sets up .venv from the lock files where that is needed, checks the style and runs the tests: the main road on the
+# oldest supported transformers, and everything on the locked libraries.
+#     bash scripts/test.sh [pytest options]
+# Everything on the newest libraries, or with --pre on their pre-releases too, in an environment of its own:
+#     bash scripts/test.sh --newest [--pre] [pytest options]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/setup.sh requirements.txt tests/requirements.txt
-# DeepSpeed compiles a library here; a run that was killed meanwhile left a lock that the next would wait for.
-export TORCH_EXTENSIONS_DIR=$PWD/.venv/torch_extensions
-rm -f "$TORCH_EXTENSIONS_DIR"/*/lock
 export HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+tests() {  # ENVIRONMENT [pytest options]
+    # DeepSpeed compiles a library here; a run that was killed meanwhile left a lock that the next would wait for.
+    export TORCH_EXTENSIONS_DIR=$PWD/$1/torch_extensions
+    rm -f "$TORCH_EXTENSIONS_DIR"/*/lock
+    "$1/bin/python" -m pytest --numprocesses 2 "${@:2}"
+}
+
+if [ "${1:-}" = --newest ]; then
+    shift
+    pre=()
+    if [ "${1:-}" = --pre ]; then pre=(--pre) && shift; fi
+    bash scripts/setup.sh --newest "${pre[@]}"
+    venv=.venv-newest${pre:+-pre}
+    echo "== $($venv/bin/python scripts/newer_than_lock.py)"
+    tests $venv "$@"
+    exit
+fi
+
+bash scripts/setup.sh requirements.lock tests/requirements.lock
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 
-oldest=transformers==5.17.0
-if [ ! -d ".venv/$oldest" ]; then
-    rm -rf ".venv/$oldest.part"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --target ".venv/$oldest.part" $oldest
-    mv ".venv/$oldest.part" ".venv/$oldest"
+oldest=.venv/oldest  # laid in front of the locked libraries
+if ! cmp -s tests/oldest.lock $oldest/installed; then
+    rm -rf $oldest
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $oldest -r tests/oldest.lock
+    cp tests/oldest.lock $oldest/installed
 fi
-echo "== $oldest"
-PYTHONPATH=".venv/$oldest" .venv/bin/python -m pytest --numprocesses 2 tests/chatglm
-echo "== the installed transformers"
-exec .venv/bin/python -m pytest --numprocesses 2 "$@"
+echo "== the main road on $(cat tests/oldest.txt)"
+PYTHONPATH=$oldest tests .venv tests/chatglm tests/test_lora.py tests/test_demo.py
+echo "== everything on the locked libraries"
+tests .venv "$@"

@@ -1,9 +1,5 @@
 #!/usr/bin/env bash
 # LoRA with DeepSpeed ZeRO-3, which shares out the weights too and loads each GPU's part only:
 #     bash scripts/train_zero3.sh MODEL DATA OUTPUT [further flags of run_chatglm_lora.py]
-set -euo pipefail
-here=$(dirname "$0")/..
-exec torchrun --nproc_per_node "${NUM_GPUS:-gpu}" "$here"/run_chatglm_lora.py --deepspeed "$here"/ds_zero3.json \
-    --model_name_or_path "$1" --train_file "$2" --output_dir "$3" --do_train --dtype bfloat16 --bf16 \
-    --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --learning_rate 2e-4 --warmup_steps 0.05 \
-    --logging_steps 10 --save_steps 100 --save_total_limit 3 --resume_from_checkpoint last "${@:4}"
+source "$(dirname "$0")"/launch.sh
+start "${torchrun[@]}" -- --deepspeed "$here"/ds_zero3.json "${lora[@]}" -- "$@"

@@ -255,7 +255,7 @@ def graft_trainer(script, folder):
     for name in ("data_collator", "compute_metrics", "preprocess_logits_for_metrics"):
         keyword = script.find(call, m.Arg(keyword=m.Name(name)), f"{name}= of Trainer()")
         if name == "data_collator":
-            options = "**lora.trainer_options(model, tokenizer, row_format, chat_args, training_args),"
+            options = "**lora.trainer_options(model, tokenizer, row_format, lm_datasets, chat_args, training_args),"
             script.before(keyword, options)
         script.delete_lines(keyword, f"{name}= of Trainer()")
     script.after(place, "data_args = lora.with_sample_counts(data_args, trainer)")

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 import chatglm  # noqa: F401
 from finetuning.batches import ROWWISE, FlattenedCollator, PaddedCollator, chat_collator, packed
 from finetuning.scores import TokenScores, row_scores
+from finetuning.self_checks import SelfCheckFailed, SelfChecks
 from run_chatglm_lora import ChatArguments
 
 
@@ -56,8 +57,11 @@ def loss_and_gradient(model, batch):
 
 
 def collated(model, rows, **flags):
-    arguments = TrainingArguments("unused", use_cpu=True)
-    return chat_collator(model, 0, ChatArguments(**flags), arguments, 1160)(rows)
+    arguments = TrainingArguments("unused", use_cpu=True, do_train=True)
+    chat_args = ChatArguments(**flags)
+    collator = chat_collator(0, chat_args, arguments, 1160)
+    SelfChecks(collator, {"train": rows}, chat_args, 0, is_pretrained=False).check(model, arguments)
+    return collator(rows)
 
 
 @pytest.mark.parametrize("name", ["chatglm1", "chatglm2", "chatglm3", "glm4_checkpoint", "llama"])
@@ -72,7 +76,7 @@ def test_every_way_to_batch_gives_the_loss_and_gradient_of_the_full_computation(
              "labels": row["labels"][:2] + [-100] * 2 + row["labels"][2:]} for row in ROWS
         ]  # fmt: skip
     loss, gradient = loss_and_gradient(model, PaddedCollator(pad_token_id=0)(rows))
-    padded, flattened = collated(model, rows, padding_free=False), collated(model, rows)
+    padded, flattened = collated(model, rows, no_padding_free=True), collated(model, rows)
     assert ("row_ends" in flattened) == (name != "chatglm1")
     assert (model.config._attn_implementation == ROWWISE) == (name != "chatglm1")
     assert "logits_to_keep" in padded and padded["labels"].shape[1] < len(rows[-1]["input_ids"])
@@ -103,7 +107,7 @@ def test_packed_training_sees_every_row_once_an_epoch(run, chatglm3, chats):
 
 def test_packs_are_refused_where_rows_cannot_be_kept_apart(run, chatglm1, chats):
     flags = ["--model_name_or_path", chatglm1, "--train_file", chats, CHAT_FLAGS, "--do_train", "--max_steps", 1]
-    with pytest.raises(ValueError, match="--pack_to_length: this model cannot keep rows that lie end to end apart"):
+    with pytest.raises(SelfCheckFailed, match="--pack_to_length: chatglm cannot keep rows that lie end to end apart"):
         run(flags, "--pack_to_length", 2000)
 
 
@@ -142,5 +146,5 @@ def test_noisy_embeddings_are_scaled_by_the_length_of_padded_rows(run, chatglm3,
         folder = run(flags)
     assert "--neftune_noise_alpha: rows are padded" in caplog.text
     assert losses(folder) == losses(run(flags, "--no_padding_free", output="padded"))
-    with pytest.raises(ValueError, match="--pack_to_length makes one row of several: drop one of the flags"):
+    with pytest.raises(ValueError, match="--padding_free make one row of several: drop one of the flags"):
         run(flags, "--pack_to_length", 128, output="packed")

@@ -9,15 +9,14 @@ import sys
 import threading
 import time
 
+import chat
+import chatbot
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from tiny import ROOT
-from trained import script, write_adapter
+from trained import write_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-
-chat = script("chat")
 
 
 @pytest.fixture
@@ -137,7 +136,7 @@ def test_help_is_shown_for_unknown_commands(chatglm3, run_chat, asked):
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(llama, run_chat, monkeypatch):
-    generated, counts = chat.generated_ids, []
+    generated, counts = chatbot.generated_ids, []
 
     def interrupted(model, **options):
         counts.append(0)
@@ -148,7 +147,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(llama, run_chat, monkeypatc
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(1)  # the main thread takes the signal; this one may be in another
 
-    monkeypatch.setattr(chat, "generated_ids", interrupted)
+    monkeypatch.setattr(chatbot, "generated_ids", interrupted)
     threads = threading.active_count()
     output = run_chat(llama, typed="the\na\n")
     assert counts == [20, 60] and "(stopped)" in output.out
@@ -175,7 +174,7 @@ def test_streamed_text_is_the_answer_with_every_blank(generation, request, monke
     bot = chat.Chatbot(model, tokenizer, {"max_new_tokens": 50})
     text = "def f(x):\n    return x  # 一\n\n  好"
     reply = tokenizer.encode("\n" + text, add_special_tokens=False) + [tokenizer.eos_token_id]
-    monkeypatch.setattr(chat, "generated_ids", lambda model, **options: iter(reply))
+    monkeypatch.setattr(chatbot, "generated_ids", lambda model, **options: iter(reply))
     contents = [message["content"] for message in bot.answer([1, 2])]
     assert contents[-1] == text
     assert all(later.startswith(earlier) for earlier, later in zip(contents, contents[1:], strict=False))
@@ -202,7 +201,7 @@ def test_call_of_a_tool_and_its_result_go_into_the_history(generation, request, 
         prompts.append(input_ids[0].tolist())
         return iter([*replies[len(prompts) - 1], ends[len(prompts) - 1]])
 
-    monkeypatch.setattr(chat, "generated_ids", scripted)
+    monkeypatch.setattr(chatbot, "generated_ids", scripted)
     saved = tmp_path / "rows.jsonl"
     typed = f"天气？\n25 degrees\n/save {saved}\n"
     output = run_chat(base, "--tools", tmp_path / "tools.json", typed=typed).out

@@ -3,8 +3,10 @@
 import shutil
 import time
 
+import chat_page
+import chatbot
 import pytest
-from trained import script
+from opening import opened
 
 
 pytest.importorskip("gradio", minversion="6", reason="the page needs gradio: pip install 'gradio>=6'")
@@ -19,10 +21,9 @@ pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium an
 
 QUIET = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 QUIET += " --disable-component-update --disable-sync --window-size=900,640"
-chat = script("chat")
 
 
-class SlowChatbot(chat.Chatbot):
+class SlowChatbot(chatbot.Chatbot):
     """A chatbot that takes its time and remembers the conversations it was asked to answer."""
 
     def __init__(self, *args):
@@ -43,10 +44,10 @@ class SlowChatbot(chat.Chatbot):
 @pytest.fixture(scope="module")
 def served(chatglm3):
     """The chatbot and the address of its page."""
-    model, tokenizer = chat.opened(chatglm3)
+    model, tokenizer = opened(chatglm3)
     bot = SlowChatbot(model, tokenizer, {"max_new_tokens": 400, "min_new_tokens": 400, "do_sample": False})
-    interface = chat.page(bot, "be brief", "tiny")
-    chat.launched(interface, "127.0.0.1", None)
+    interface = chat_page.page(bot, "be brief", "tiny")
+    chat_page.launched(interface, "127.0.0.1", None)
     yield bot, interface.local_url
     interface.close()
 

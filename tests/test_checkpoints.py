@@ -174,7 +174,7 @@ def test_changes_from_here_on_are_said_in_a_line_each(run, flags, stopped, caplo
     assert sorted(changed) == [
         "--gradient_accumulation_steps was 1 up to checkpoint-4, and is 2 from here on.",
         "--max_steps was 6 up to checkpoint-4, and is 8 from here on.",
-        "--padding_free was True up to checkpoint-4, and is False from here on.",
+        "--no_padding_free was False up to checkpoint-4, and is True from here on.",
         "--per_device_train_batch_size was 2 up to checkpoint-4, and is 1 from here on.",
     ]
 

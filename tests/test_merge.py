@@ -9,19 +9,22 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+import comparing
+import merge_lora
+import merging
 import pytest
 import torch
+from opening import opened
 from peft import AutoPeftModelForCausalLM, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import CHATML
-from trained import script, write_adapter
+from trained import write_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatglm import ChatGLMForConditionalGeneration
 from chatglm.quantization import QuantizedLinear
 
 
-merge_lora = script("merge_lora")
 ALL_LINEAR = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 CHECKPOINTS = {"chatglm": "chatglm1", "chatglm2": "chatglm2", "chatglm3": "chatglm3", "glm4": "glm4_checkpoint"}
 IDS = torch.tensor([[5, 9, 300, 41, 7, 7, 120, 260, 33, 12]])
@@ -51,13 +54,13 @@ def merge(tmp_path, monkeypatch, capsys):
     def same_process(folder, package):
         out = tmp_path / "logits.safetensors"
         with monkeypatch.context() as context:
-            context.setattr(sys, "argv", ["-c", str(folder), json.dumps(merge_lora.MESSAGES), str(out), ""])
-            exec(merge_lora.FRESH_PROCESS, {})
+            context.setattr(sys, "argv", ["-c", str(folder), json.dumps(comparing.MESSAGES), str(out), ""])
+            exec(comparing.FRESH_PROCESS, {})
         return load_file(out)
 
     def run(adapter, *flags, out="merged", fresh_process=False):
         if not fresh_process:
-            monkeypatch.setattr(merge_lora, "logits_in_fresh_process", same_process)
+            monkeypatch.setattr(comparing, "logits_in_fresh_process", same_process)
         monkeypatch.setattr(sys, "argv", ["merge_lora.py", str(adapter), str(tmp_path / out), *map(str, flags)])
         merge_lora.main()
         return tmp_path / out, capsys.readouterr().out
@@ -253,7 +256,7 @@ def test_adapter_alone_fits_the_native_layout_exactly(options, chatglm3, merge, 
     base, _ = merge(adapter, "--format", "native", "--base_only", out="merged-base")
     names = json.loads((exported / "adapter_config.json").read_text())["target_modules"]
     assert sorted(names) == ["down_proj", "gate_up_proj", "k_proj", "o_proj", "q_proj", "v_proj"]
-    native, _ = merge_lora.opened(str(exported), base_model=str(base))  # as chat.py opens it: a PeftModel
+    native, _ = opened(str(exported), base_model=str(base))  # as chat.py opens it: a PeftModel
     tuned = AutoPeftModelForCausalLM.from_pretrained(adapter)
     torch.testing.assert_close(logits(native), logits(tuned), atol=1e-5, rtol=0)
     models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (base, chatglm3)]
@@ -277,7 +280,7 @@ def test_other_models_are_merged_too(llama, merge, tmp_path):
 
 def test_result_that_is_not_the_tuned_model_is_thrown_away(chatglm3, merge, tmp_path, monkeypatch):
     adapter = write_adapter(chatglm3, tmp_path / "adapter")
-    monkeypatch.setattr(merge_lora.Adapter, "weight", lambda self, name, base: base.tensor(name))  # forgets it
+    monkeypatch.setattr(merging.Adapter, "weight", lambda self, name, base: base.tensor(name))  # forgets it
     with pytest.raises(SystemExit, match="Nothing was written: the logits of the result differ from those of base"):
         merge(adapter)
     assert leftovers(tmp_path) == []

@@ -2,16 +2,12 @@
 
 import ast
 import re
-import sys
 
 import pytest
-from stand_in import NEWEST, OLDEST, SHAPES, stand_in
-from tiny import ROOT
-
-
-sys.path.append(str(ROOT / "scripts"))
 import upstream
 import upstream_facts
+from stand_in import NEWEST, OLDEST, SHAPES, stand_in
+from tiny import ROOT
 
 
 @pytest.fixture

@@ -8,12 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from stand_in import NEWEST, RUNS_TODAY, SHAPES, stand_in
-from tiny import CHAT_FLAGS, COMMON, LINES, ROOT, flat, losses, results, write_jsonl
-
-
-sys.path.append(str(ROOT / "scripts"))
 import upstream
+from stand_in import NEWEST, RUNS_TODAY, SHAPES, stand_in
+from tiny import CHAT_FLAGS, COMMON, LINES, flat, losses, results, write_jsonl
 
 
 def graft(*words):

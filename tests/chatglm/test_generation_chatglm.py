@@ -1,8 +1,11 @@
 """Ways to generate with tiny random models of all generations: each must agree with the plainest one."""
 
+import copy
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import PrefixTuningConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import chatglm  # noqa: F401
 
@@ -116,3 +119,40 @@ def test_generate_returns_scores_states_and_attentions(model, ids):
         assert len(states) == config.num_hidden_layers + 1
         assert {tuple(each.shape) for each in weights} == {(1, config.num_attention_heads, new, size + step)}
         assert len(weights) == config.num_hidden_layers
+
+
+def with_prefix(model, kind: str):
+    """The model with a prefix of 4 states that matters, of `pre_seq_len` or of PEFT."""
+    torch.manual_seed(0)
+    if kind == "peft":
+        adapted = get_peft_model(
+            copy.deepcopy(model), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        ).eval()
+        torch.nn.init.normal_(adapted.prompt_encoder.default.embedding.weight, std=3)
+        return adapted
+    config = AutoConfig.from_pretrained(model.name_or_path, pre_seq_len=4)
+    prefixed = AutoModelForCausalLM.from_pretrained(model.name_or_path, config=config, dtype=torch.float32).eval()
+    torch.nn.init.normal_(prefixed.transformer.prefix_encoder.embedding.weight, std=3)
+    return prefixed
+
+
+def without_cache(model, ids, mask):
+    """The greedy continuation by one forward over the whole text for each token."""
+    for _ in range(NEW):
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if not hasattr(model.config, "position_encoding_2d"):  # ChatGLM-6B derives its own
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad():
+            logits = model(**inputs, use_cache=False).logits
+        ids = torch.cat((ids, logits[:, -1:].argmax(-1)), dim=1)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+    return ids
+
+
+@pytest.mark.parametrize("kind", ["pre_seq_len", "peft"])
+def test_cached_generation_with_a_prefix_equals_whole_forwards(model, ids, kind):
+    prefixed = with_prefix(model, kind)
+    for row, mask in ((ids, torch.ones_like(ids)), padded(ids, model)):
+        expected = without_cache(prefixed, row, mask)
+        assert not torch.equal(expected, without_cache(model, row, mask))
+        assert torch.equal(prefixed.generate(input_ids=row, attention_mask=mask, **GREEDY), expected)

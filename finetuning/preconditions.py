@@ -1,0 +1,158 @@
+"""What is asked for and cannot be done, found before anything is loaded."""
+
+import importlib.util
+import logging
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+
+logger = logging.getLogger("run_chatglm_lora.preconditions")
+
+HUB_TIMEOUT = 5  # seconds; the libraries' own retries take 24 to 68 until they say that there is no network
+
+# The packages of --report_to, any of which will do, as Trainer's callbacks look for them.
+REPORTERS = {
+    "azure_ml": ["azureml"],
+    "clearml": ["clearml"],
+    "codecarbon": ["codecarbon"],
+    "comet_ml": ["comet_ml"],
+    "dagshub": ["dagshub"],
+    "dvclive": ["dvclive"],
+    "flyte": ["flytekit"],
+    "mlflow": ["mlflow"],
+    "neptune": ["neptune"],
+    "swanlab": ["swanlab"],
+    "tensorboard": ["tensorboard", "tensorboardX"],
+    "trackio": ["trackio"],
+    "wandb": ["wandb"],
+}
+# (part of an optimizer's name, its module, what pip calls it); the first that fits holds.
+OPTIMIZERS = [
+    ("galore", "galore_torch", "galore-torch"),
+    ("apollo", "apollo_torch", "apollo-torch"),
+    ("lomo", "lomo_optim", "lomo-optim"),
+    ("grokadamw", "grokadamw", "grokadamw"),
+    ("schedule_free", "schedulefree", "schedulefree"),
+    ("stable_adamw", "optimi", "torch-optimi"),
+    ("anyprecision", "torchdistx", "torchdistx"),
+    ("npu", "torch_npu", "torch-npu"),
+    ("adamw_torch_4bit", "torchao", "torchao"),
+    ("adamw_torch_8bit", "torchao", "torchao"),
+    ("8bit", "bitsandbytes", "bitsandbytes"),
+    ("bnb", "bitsandbytes", "bitsandbytes"),
+    ("lion", "bitsandbytes", "bitsandbytes"),
+    ("ademamix", "bitsandbytes", "bitsandbytes"),
+    ("paged", "bitsandbytes", "bitsandbytes"),
+]
+
+
+def check(model_args, data_args, lora_args, training_args):
+    """Raise a ValueError or an OSError for the first thing that could not be done."""
+    check_stages(data_args, training_args)
+    check_packages(training_args)
+    check_folders(model_args, lora_args)
+    for flag in ("model_name_or_path", "config_name", "tokenizer_name"):
+        if name := getattr(model_args, flag):
+            check_name(f"--{flag}", name, model_args)
+
+
+def check_stages(data_args, args):
+    if not (args.do_train or args.do_eval or args.do_predict):
+        raise ValueError("There is nothing to do: add --do_train, --do_eval or --do_predict.")
+    if data_args.streaming and args.do_train and args.max_steps <= 0:
+        raise ValueError("--streaming needs --max_steps: nobody knows how many rows a stream has.")
+
+
+def check_packages(args):
+    for name in [] if args.report_to == ["none"] else args.report_to:
+        wanted = REPORTERS.get(name, [])
+        if wanted and not any(map(installed, wanted)):
+            raise ValueError(f"--report_to {name} needs a package: pip install {wanted[0]}, or --report_to none.")
+    if args.use_liger_kernel and not installed("liger_kernel"):
+        raise ValueError("--use_liger_kernel needs a package: pip install liger-kernel, or drop the flag.")
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    for part, module, package in OPTIMIZERS:
+        if part in optimizer:
+            if args.do_train and not installed(module):
+                raise ValueError(f"--optim {optimizer} needs a package: pip install {package}, or take adamw_torch.")
+            return
+
+
+def installed(module) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+# ---------------------------------------------------------------------------------------- folders and hub names
+
+
+def check_folders(model_args, lora_args):
+    """Raise a ValueError if a base is an adapter, or an adapter is none."""
+    base, adapter = model_args.model_name_or_path, lora_args.adapter_name_or_path
+    if base and Path(base, "adapter_config.json").is_file() and not Path(base, "config.json").is_file():
+        raise ValueError(
+            f"--model_name_or_path {base} is an adapter: pass it as --adapter_name_or_path, and the model that it was "
+            "trained on as --model_name_or_path."
+        )
+    if adapter and Path(adapter).is_dir() and not lora_args.pre_seq_len:
+        if Path(adapter, "adapter_config.json").is_file():
+            return
+        if Path(adapter, "config.json").is_file():
+            raise ValueError(
+                f"--adapter_name_or_path {adapter} is a model and no adapter (it has no adapter_config.json): pass it "
+                "as --model_name_or_path. A prefix of --pre_seq_len needs that flag again."
+            )
+        found = sorted(path.parent.name for path in Path(adapter).glob("checkpoint-*/adapter_config.json"))
+        inside = f" It holds {', '.join(found)}: pass one of these." if found else ""
+        raise ValueError(f"--adapter_name_or_path {adapter} is no adapter: it has no adapter_config.json.{inside}")
+
+
+def check_name(flag, name, model_args):
+    """Raise an OSError if a name is neither a folder nor, after one question to it, a model of the hub.
+
+    Without network a model in the hub's cache is taken from there, and the hub is not asked again.
+    """
+    if Path(name).exists():
+        return
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise OSError(f"{flag}: there is no folder {name}.{holding(name)}")
+    if constants.is_offline_mode():
+        check_cached(f"{flag}: there is no folder {name}, and HF_HUB_OFFLINE is set", name, model_args)
+        return
+    try:
+        HfApi(token=model_args.token).model_info(name, revision=model_args.model_revision, timeout=HUB_TIMEOUT)
+    except GatedRepoError:  # it is there; loading says how to be let in
+        return
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise OSError(f"{flag}: {name} is neither a folder here nor a model on {constants.ENDPOINT}.") from error
+    except RevisionNotFoundError as error:
+        raise OSError(f"--model_revision: {name} has no branch, tag or commit {model_args.model_revision}.") from error
+    except (HTTPError, OSError):
+        beginning = f"{flag}: there is no folder {name}, and {constants.ENDPOINT} cannot be reached"
+        check_cached(beginning, name, model_args)
+        logger.warning(f"{constants.ENDPOINT} cannot be reached: {name} is taken from the hub's cache.")
+        constants.HF_HUB_OFFLINE = True
+
+
+def check_cached(beginning, name, model_args):
+    """Raise an OSError, with the beginning of its sentence, if the hub's cache does not hold a model."""
+    options = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision}
+    files = ("config.json", "tokenizer_config.json")
+    if not any(isinstance(try_to_load_from_cache(name, file, **options), str) for file in files):
+        raise OSError(
+            f"{beginning}. Set HF_ENDPOINT to a mirror, or pass the folder of a download, from ModelScope say: "
+            f"modelscope download --model {name} --local_dir FOLDER."
+        )
+
+
+def holding(name) -> str:
+    """What to say of the nearest folder above a missing one."""
+    there = next((parent for parent in Path(name).expanduser().parents if parent.is_dir()), None)
+    return f" {there} is there." if there and str(there) not in (".", "/") else ""

@@ -1,0 +1,100 @@
+"""The command line: unknown, abbreviated and contradictory flags, and the help."""
+
+import re
+import sys
+from dataclasses import fields
+
+import pytest
+
+import run_chatglm_lora
+from finetuning import flags
+from run_chatglm_lora import ADDED_ARGUMENTS, ARGUMENT_CLASSES, ChatArguments, LoraArguments
+
+
+@pytest.fixture(scope="module")
+def help_text():
+    return flags.FlagParser(ARGUMENT_CLASSES, ADDED_ARGUMENTS).format_help()
+
+
+def headings(text):
+    return re.findall(r"^(\S.*):$", text, re.M)
+
+
+def test_help_begins_with_our_flags_then_those_of_run_clm_then_trainer_by_subject(help_text):
+    ours = [ChatArguments._argument_group_name, LoraArguments._argument_group_name]
+    found = headings(help_text)
+    assert found[:4] == [*ours, "model (as in run_clm.py)", "data (as in run_clm.py)"]
+    assert all(title == "help" or title.startswith("Trainer: ") for title in found[4:])
+    assert {"Trainer: Optimizer", "Trainer: Evaluation", "Trainer: Reproducibility"} <= set(found)
+
+
+def test_help_shows_every_flag_once_under_one_spelling(help_text):
+    shown = re.findall(r"^  (--\w+)", help_text, re.M)
+    expected = [f"--{f.name}" for cls in ARGUMENT_CLASSES for f in fields(cls) if f.init]
+    off = [f"--no_{f.name}" for cls in ARGUMENT_CLASSES for f in fields(cls) if f.init and f.default is True]
+    assert sorted(shown) == sorted([*expected, *off, "--help"])
+    assert help_text.startswith(f"usage: {flags.USAGE}\n\n") and not re.search(r"^  --\w+-", help_text, re.M)
+
+
+def test_what_turns_a_flag_off_has_a_text_of_its_own(help_text):
+    assert re.search(r"--no_use_lora +Turns --use_lora off\.", help_text)
+    assert not re.search(r"--no_\w+ +(?!Turns)\S", help_text.replace("; --no_", ""))
+
+
+def test_trainer_flags_are_sorted_by_the_headings_of_its_docstring():
+    groups = flags.trainer_groups()
+    assert groups["learning_rate"] == "Learning Rate & Scheduler" and groups["adam_beta1"] == "Optimizer"
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ("--lerning_rate 1", "There is no flag --lerning_rate. Did you mean '--learning_rate'?"),
+        ("--lerning-rate=1", "There is no flag --lerning_rate. Did you mean '--learning_rate'?"),
+        ("--frobnicate", "There is no flag --frobnicate. --help lists all of them."),
+        ("--learning 1e-4", "--learning: flags are not abbreviated. Write --learning_rate."),
+        ("train.jsonl", "'train.jsonl' belongs to no flag"),
+        ("--evaluation_strategy steps", "--evaluation_strategy here: write --eval_strategy."),
+        ("--torch_dtype bfloat16", "--torch_dtype here: write --dtype."),
+        ("--overwrite_output_dir", "--overwrite_output_dir here: drop it"),
+        ("--lora_rank 8", "--lora_rank here: write --lora_r."),
+        ("--quantization_bit 4", "write --load_in_4bit or --load_in_8bit."),
+        ("--lora_r x", "--lora_r: invalid int value: 'x'"),
+        ("--eval_strategy step", "--eval_strategy: invalid choice: 'step'"),
+        ("--use_lora --no_use_lora", "--use_lora and --no_use_lora contradict each other"),
+        ("--no_use_lora --lora_r 16", "--no_use_lora trains all weights and no adapter: drop it, or --lora_r."),
+        ("--use_lora False --lora_alpha 16", "--no_use_lora trains all weights and no adapter: drop it, or --lora_al"),
+        ("--no_use_lora --adapter_name_or_path x", "trains all weights and no adapter: drop it, or --adapter_name"),
+        ("--adapter_name_or_path x --lora_r 4", "whose settings stand in its folder: drop --lora_r,"),
+        ("--peft_type IA3 --lora_r 4", "--lora_r says nothing to --peft_type IA3: drop one of them."),
+        (
+            "--load_best_model_at_end --eval_strategy epoch --use_cpu",
+            "--eval_strategy and --save_strategy must be the same (steps or epoch)",
+        ),
+        ("--optim adam", "--optim: invalid choice: 'adam'"),
+    ],
+)
+def test_mistake_in_the_words_says_what_to_write(run, words, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        run(words.split())
+
+
+def test_flag_that_a_file_of_arguments_misspells_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.yaml").write_text("lora_rank: 8\n")
+    monkeypatch.setattr(sys, "argv", ["run_chatglm_lora.py", str(tmp_path / "a.yaml")])
+    with pytest.raises(ValueError, match="no flag --lora_rank here: write --lora_r"):
+        run_chatglm_lora.main()
+
+
+def test_no_name_of_another_program_is_a_flag_here_and_each_answer_names_one():
+    names = {f.name for cls in ARGUMENT_CLASSES for f in fields(cls) if f.init}
+    known = names | {f"no_{name}" for name in names}
+    assert not names & flags.OTHER_NAMES.keys()
+    for answer in flags.OTHER_NAMES.values():
+        assert set(re.findall(r"--(\w+)", answer)) <= known, answer
+
+
+def test_bf16_without_a_gpu_says_use_cpu(run, monkeypatch):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(ValueError, match="--bf16 needs a GPU that knows the type: on CPUs add --use_cpu, or leave"):
+        run("--use_cpu", "False", "--bf16", "--do_train")

@@ -1,0 +1,104 @@
+"""What cannot be done is found before anything is loaded."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub.errors import HTTPError
+
+from finetuning import preconditions
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ("", "There is nothing to do: add --do_train, --do_eval or --do_predict."),
+        ("--do_train --streaming", "--streaming needs --max_steps"),
+        ("--do_train --report_to wandb", "--report_to wandb needs a package: pip install wandb, or --report_to none."),
+        ("--do_train --use_liger_kernel", "--use_liger_kernel needs a package: pip install liger-kernel"),
+        (
+            "--do_train --optim schedule_free_adamw",
+            "--optim schedule_free_adamw needs a package: pip install schedulefree",
+        ),
+        ("--do_train --optim paged_adamw_8bit", "--optim paged_adamw_8bit needs a package: pip install bitsandbytes"),
+        ("--do_train --model_name_or_path ./nothere", "--model_name_or_path: there is no folder ./nothere."),
+        ("--do_train --model_name_or_path some/where", "there is no folder some/where, and HF_HUB_OFFLINE is set."),
+    ],
+)
+def test_what_cannot_be_done_is_said_at_once(run, monkeypatch, words, sentence):
+    monkeypatch.setattr(preconditions, "installed", lambda module: False)
+    with pytest.raises((ValueError, OSError)) as error:
+        run(words.split(), "--train_file", "x.jsonl")
+    assert sentence in str(error.value)
+
+
+def test_every_optimizer_that_trainer_imports_from_elsewhere_has_its_package():
+    from transformers.training_args import OptimizerNames
+
+    own = {"adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adafactor", "sgd", "adagrad", "rmsprop"}
+    named = {name.value for name in OptimizerNames if any(part in name.value for part, *_ in preconditions.OPTIMIZERS)}
+    assert {name.value for name in OptimizerNames} - named == own
+
+
+def test_base_that_is_an_adapter_and_adapter_that_is_a_base_are_named(run, tmp_path, chatglm3):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=f"--model_name_or_path {adapter} is an adapter: pass it as --adapter_name_or"
+    ):
+        run("--do_train", "--model_name_or_path", adapter)
+    base = ["--do_train", "--model_name_or_path", chatglm3, "--adapter_name_or_path"]
+    with pytest.raises(ValueError, match=f"--adapter_name_or_path {chatglm3} is a model and no adapter"):
+        run(base, chatglm3)
+    (tmp_path / "run/checkpoint-5").mkdir(parents=True)
+    (tmp_path / "run/checkpoint-5/adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no adapter_config.json. It holds checkpoint-5: pass one of these."):
+        run(base, tmp_path / "run")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Says what the hub answers, an exception or None; counts the questions."""
+    asked = []
+
+    def answering(answer):
+        monkeypatch.setattr(preconditions.constants, "HF_HUB_OFFLINE", False)
+
+        def model_info(self, name, revision, timeout):
+            asked.append((name, timeout))
+            if answer:
+                raise answer
+
+        monkeypatch.setattr(preconditions.HfApi, "model_info", model_info)
+        return asked
+
+    return answering
+
+
+ARGUMENTS = SimpleNamespace(token=None, model_revision="main", cache_dir=None)
+
+
+def test_hub_that_cannot_be_reached_is_asked_once_for_five_seconds(hub):
+    asked = hub(HTTPError("no network"))
+    sentence = (
+        "--model_name_or_path: there is no folder some/where, and https://.* cannot be reached. Set HF_ENDPOINT to a "
+        "mirror, or pass the folder of a download, from ModelScope say: modelscope download --model some/where"
+    )
+    with pytest.raises(OSError, match=sentence):
+        preconditions.check_name("--model_name_or_path", "some/where", ARGUMENTS)
+    assert asked == [("some/where", 5)]
+
+
+def test_model_in_the_cache_is_taken_from_there_without_network(hub, monkeypatch):
+    hub(HTTPError("no network"))
+    monkeypatch.setattr(preconditions, "try_to_load_from_cache", lambda *args, **options: "/cache/config.json")
+    preconditions.check_name("--model_name_or_path", "some/where", ARGUMENTS)
+    assert preconditions.constants.is_offline_mode()
+
+
+def test_model_that_the_hub_has_and_folder_that_is_there_pass(hub):
+    asked = hub(None)
+    preconditions.check_name("--model_name_or_path", str(Path(__file__).parent), ARGUMENTS)
+    preconditions.check_name("--model_name_or_path", "some/where", ARGUMENTS)
+    assert len(asked) == 1
