@@ -12,6 +12,7 @@
 #     "filelock>=3.16",
 #     "sentencepiece>=0.2",
 #     "protobuf>=4.25",
+#     "psutil>=5.9",
 # ]
 # ///
 """Fine-tune ChatGLM, or any causal language model of transformers, with LoRA on conversations or on plain text.
@@ -55,7 +56,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    Trainer,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -66,6 +66,7 @@ from transformers.utils.versions import require_version
 
 try:
     from finetuning import (
+        adapters,
         argument_files,
         batches,
         chat_rows,
@@ -73,10 +74,12 @@ try:
         encoding,
         file_rows,
         flags,
+        label_smoothing,
         launching,
         loss_plot,
         memory,
         mistakes,
+        model_card,
         preconditions,
         prediction,
         prefix_tuning,
@@ -104,6 +107,7 @@ EMPTY_EXAMPLE = {
     "input_ids": [], "labels": [], "length": 0, "source_cut": False, "target_cut": False, "left_out": False,
 }  # fmt: skip
 ENCODING_FLAGS = ("system_prompt", "skip_bad_rows", "max_source_length", "max_target_length")  # they shape the ids
+LOGGED_SHARE = 0.02  # 50 log lines a run; Trainer's 500 steps would show most small runs no loss at all
 LIMIT_FLAGS = {"train": "max_train_samples", "validation": "max_eval_samples"}
 
 
@@ -269,11 +273,17 @@ ARGUMENT_CLASSES = (ModelArguments, DataTrainingArguments, *ADDED_ARGUMENTS, Tra
 
 
 def parsed_arguments():
-    """One instance of each argument class, from the command line or from a single .json or .yaml file."""
+    """One instance of each argument class, from the command line, and from a .json or .yaml file where it has one."""
     parser = flags.FlagParser(ARGUMENT_CLASSES, ADDED_ARGUMENTS, description=__doc__.split("\n\n")[0])
-    if len(sys.argv) == 2 and sys.argv[1].endswith((".json", ".yaml", ".yml")):
-        return parsed_file(parser, sys.argv[1])
-    return parser.parse_args_into_dataclasses(launching.prepared_words(sys.argv[1:]))
+    parser.set_defaults(logging_steps=LOGGED_SHARE)
+    given = argument_files.given_arguments(parser, launching.prepared_words(sys.argv[1:]), ARGUMENT_CLASSES)
+    adapters.check_init(given)
+    return parser.parse_dict({**log_defaults(given), **scores.metric_defaults(given), **given})
+
+
+def log_defaults(given) -> dict:
+    """Without --logging_steps, a share of all steps between two log lines; Trainer's own 500 between evaluations."""
+    return {} if "logging_steps" in given else {"logging_steps": LOGGED_SHARE, "eval_steps": 500}
 
 
 def parsed_file(parser, path):
@@ -720,9 +730,10 @@ def loaded_config(model_args):
     return config
 
 
-def loaded_tokenizer(model_args):
-    """The tokenizer of --tokenizer_name or of the checkpoint."""
-    name = model_args.tokenizer_name or model_args.model_name_or_path
+def loaded_tokenizer(model_args, adapter=None):
+    """The tokenizer of --tokenizer_name, of the adapter that is opened (its template, its tokens) or of the model."""
+    name = model_args.tokenizer_name or adapters.own_tokenizer(adapter)
+    name = name or model_args.model_name_or_path
     if not name:
         raise ValueError("A model from scratch needs a tokenizer that exists: pass --tokenizer_name.")
     return AutoTokenizer.from_pretrained(name, use_fast=model_args.use_fast_tokenizer, **hub_options(model_args))
@@ -750,9 +761,7 @@ def loaded_model(model_args, lora_args, training_args, config, tokenizer):
         options = {**hub_options(model_args), **quantization_options(lora_args, training_args)}
         name = model_args.model_name_or_path
         model = model_class(config).from_pretrained(name, config=config, dtype=dtype, **options)
-        logger.info(
-            f"Code of the model: {provenance.code_revision(model) or 'transformers ' + transformers.__version__}"
-        )
+        logger.info(f"Code of the model: {provenance.code_in_words(model)}")
     else:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
         count = sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())  # shared tensors once
@@ -796,8 +805,7 @@ def adapted_model(model, lora_args, training_args):
             raise ValueError("A trained prefix and gradient checkpointing exclude each other: drop one of the flags.")
         model.enable_input_require_grads()  # frozen embeddings would cut checkpointed layers off from the loss
     if lora_args.adapter_name_or_path:
-        path = lora_args.adapter_name_or_path
-        model = peft.PeftModel.from_pretrained(model, path, is_trainable=training_args.do_train)
+        model = adapters.opened_adapter(model, lora_args.adapter_name_or_path, training_args.do_train)
     else:
         model = peft.get_peft_model(model, adapter_config(model, lora_args))
     model = prediction.with_cache_for_peft(model)
@@ -827,6 +835,7 @@ def adapter_config(model, lora_args):
         "use_rslora": lora_args.use_rslora,
         "use_dora": lora_args.use_dora,
         "init_lora_weights": init,
+        "eva_config": peft.EvaConfig(rho=1.0) if init == "eva" else None,  # --lora_r in every layer: rho 2 moves ranks
         "num_virtual_tokens": lora_args.num_virtual_tokens,
         "prefix_projection": lora_args.prefix_projection,
     }
@@ -859,34 +868,48 @@ def checked_modules(model, flag_value, flag) -> list[str] | None:
 # ------------------------------------------------------------------------------------------------------- the stages
 
 
+def check_output_folder(lora_args, training_args):
+    """Raise a ValueError if a training would write its result beside one of another kind."""
+    kind = "prefix" if lora_args.pre_seq_len else "adapter" if lora_args.use_lora else "full model"
+    if training_args.do_train:
+        adapters.check_output_folder(Path(training_args.output_dir), kind)
+
+
 def safeguards(arguments, data, tokenizer):
     """What guards a training: checks, whole checkpoints, signals. None where nothing is trained."""
-    model_args, lora_args, training_args = arguments
+    *_, training_args = arguments
     return Safeguards(*arguments, data["train"], tokenizer) if training_args.do_train else None
 
 
 def trainer_options(model, tokenizer, row_format, data, chat_args, training_args, guards=None):
     """What Trainer is given beyond run_clm.py's arguments, or in place of them: collator, callbacks and scores."""
     collator = chat_collator(model, tokenizer, chat_args, training_args) if row_format else block_collator
+    loss = label_smoothing.loss_options(training_args)
     callbacks = guards.callbacks if guards else [TrainingChecks()]
     if chat_args.self_check:
         tried = (collator if row_format else None, data, chat_args, padding_id(tokenizer))
         callbacks = [*callbacks, self_checks.SelfChecks(*tried, is_pretrained=bool(model.name_or_path))]
     return {
         "data_collator": guards.shielded(collator) if guards else collator,
-        "callbacks": [screen.Plan(), *callbacks, *([throughput.Throughput()] if row_format else [])],
+        "callbacks": [
+            screen.Plan(),
+            *callbacks,
+            scores.PerplexityWhileTraining(),
+            *([throughput.Throughput(loss.get("compute_loss_func"))] if row_format else []),
+        ],
+        **loss,
         **scores.scoring(collator, row_format, training_args),
     }
 
 
 def make_trainer(model, tokenizer, data, options, training_args):
-    """An ordinary Trainer, with token accuracy where evaluation is asked for."""
+    """A Trainer with token accuracy where evaluation is asked for, and a model card that knows the data."""
     train_dataset = data["train"] if training_args.do_train else None
     if isinstance(data, EncodedChats):
         train_dataset = batches.repeated_stream(train_dataset)
     if isinstance(model, peft.PeftModel) and training_args.ddp_find_unused_parameters is None:
         training_args.ddp_find_unused_parameters = False  # TrainingChecks sees to it that every tensor is used
-    return Trainer(
+    return model_card.DocumentedTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
@@ -898,13 +921,10 @@ def make_trainer(model, tokenizer, data, options, training_args):
 
 def train(trainer, guards, tokenizer, model_args, row_format, limit):
     """Train, save the model or the adapter with a record of what it was made from, and write the metrics."""
+    adapters.initialise_from_data(trainer, padding_id(tokenizer))
     self_checks.know(trainer)
     with memory.explained(trainer, "train"):
-        if guards:
-            metrics = guards.trained_and_saved(trainer)
-        else:
-            metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
-            trainer.save_model()
+        metrics = guards.trained_and_saved(trainer)
     record_training(trainer, tokenizer, model_args, row_format)
     metrics |= sample_count("train", trainer.train_dataset, limit)
     trainer.log_metrics("train", metrics)
@@ -956,11 +976,16 @@ def complete(metrics) -> dict:
     """Metrics without unknown counts; of an evaluation, with perplexity: on chat data, over all trained tokens."""
     metrics = {name: value for name, value in metrics.items() if not name.endswith("_samples") or value != math.inf}
     if "eval_loss" in metrics:
-        try:
-            metrics["perplexity"] = math.exp(metrics.get("eval_token_loss", metrics["eval_loss"]))
-        except OverflowError:
-            metrics["perplexity"] = math.inf
+        metrics["perplexity"] = scores.perplexity(metrics)
     return metrics
+
+
+def answer_while_training(trainer, tokenizer, data, chat_args):
+    """With --predict_with_generate, answers and their scores at each evaluation of the training."""
+    prediction.check_best_metric(trainer.args, chat_args)
+    if isinstance(data, EncodedChats) and "questions" in data:
+        how = (tokenizer, data["questions"], chat_args, padding_id(tokenizer))
+        trainer.add_callback(prediction.AnswersWhileTraining(trainer, *how))
 
 
 def answer(trainer, tokenizer, data, chat_args):
@@ -970,18 +995,12 @@ def answer(trainer, tokenizer, data, chat_args):
             prediction.predict(trainer, tokenizer, data[split], chat_args, padding_id(tokenizer), stage)
 
 
-def publish(trainer, model_args, data_args):
+def publish(trainer):
     """Push to the hub with --push_to_hub, else write the model card."""
-    card = {"finetuned_from": model_args.model_name_or_path, "tasks": "text-generation"}
-    if data_args.dataset_name is not None:
-        card["dataset_tags"] = data_args.dataset_name
-        card["dataset"] = " ".join(filter(None, (data_args.dataset_name, data_args.dataset_config_name)))
-        if data_args.dataset_config_name is not None:
-            card["dataset_args"] = data_args.dataset_config_name
     if trainer.args.push_to_hub:
-        trainer.push_to_hub(**card)
+        trainer.push_to_hub()
     else:
-        trainer.create_model_card(**card)
+        trainer.create_model_card()
 
 
 def main():
@@ -989,25 +1008,30 @@ def main():
     screen.set_up_logging(training_args)
     preconditions.check(model_args, data_args, lora_args, training_args)
     launching.check_launch(training_args)
+    check_output_folder(lora_args, training_args)
     set_seed(training_args.seed)
 
     raw, row_format = raw_datasets(model_args, data_args, chat_args, training_args)
     register_chatglm(lora_args)
     config = loaded_config(model_args)
     config = prefix_tuning.with_prefix(config, lora_args)
-    tokenizer = with_chat_template(loaded_tokenizer(model_args), chat_args)
+    tokenizer = with_chat_template(loaded_tokenizer(model_args, lora_args.adapter_name_or_path), chat_args)
     # The data are encoded before the weights are loaded: a mistake in them shows within seconds.
     data = chats_as_ids(raw, row_format, tokenizer, config, chat_args, data_args, training_args)
     if not row_format:
         data = text_blocks(data, tokenizer, config, data_args, training_args)
     screen.show_data(data, raw)
-    guards = safeguards((model_args, lora_args, training_args), data, tokenizer)
+    guards = safeguards((model_args, chat_args, lora_args, training_args), data, tokenizer)
 
     model = loaded_model(model_args, lora_args, training_args, config, tokenizer)
     screen.show_model(model)
     model = adapted_model(model, lora_args, training_args)
     options = trainer_options(model, tokenizer, row_format, data, chat_args, training_args, guards)
     trainer = make_trainer(model, tokenizer, data, options, training_args)
+
+    answer_while_training(trainer, tokenizer, data, chat_args)
+    trainer.base_name = model_args.model_name_or_path or f"a new {config.model_type}"
+    trainer.data_names = model_card.names_of_data(data_args, chat_args)
 
     if training_args.do_train:
         train(trainer, guards, tokenizer, model_args, row_format, data_args.max_train_samples)
@@ -1016,7 +1040,7 @@ def main():
     answer(trainer, tokenizer, data, chat_args)
     if training_args.do_train and lora_args.plot_loss:
         loss_plot.draw_losses(trainer)
-    publish(trainer, model_args, data_args)
+    publish(trainer)
     if training_args.do_train:
         screen.show_next_steps(training_args.output_dir, model_args.model_name_or_path)
     launching.end_processes()

@@ -1,14 +1,24 @@
 """Folders that a training wrote: what is in them, and which base an adapter belongs to."""
 
 import json
+import logging
+import re
+from hashlib import sha256
 from pathlib import Path
 
 import peft
 from huggingface_hub import snapshot_download
-from transformers import PreTrainedTokenizerBase
+from safetensors import safe_open
+from torch.utils.data import DataLoader
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from .batches import PaddedCollator
 
+
+logger = logging.getLogger("run_chatglm_lora.adapters")
+
+SAMPLED_TENSORS = 16  # of a base, evenly spaced by name, tell it from others
 TEXT_FILES = ["*.json", "*.jinja", "*.py", "*.model", "*.txt", "*LICENSE*"]
 NOT_FOUND_IS_NONE = {
     "_raise_exceptions_for_gated_repo": False,
@@ -65,7 +75,150 @@ def base_of(adapter: Path, override: str | None) -> tuple[str, str]:
     return name, config.revision or noted.get("commit") or noted.get("revision") or "main"
 
 
+def own_tokenizer(adapter: str | None) -> str | None:
+    """The folder of an adapter, or of a saved prefix, that has a tokenizer of its own; None without one."""
+    folder = adapter and (adapter_folder(adapter) or Path(adapter))
+    if not folder or not (folder / "tokenizer_config.json").is_file():
+        return None
+    logger.info(f"Tokenizer and chat template: those of the adapter, {folder}")
+    return str(folder)
+
+
 def stop_ids(tokenizer: PreTrainedTokenizerBase, end: int | list[int] | None) -> list[int]:
     """Ids that end an answer: the model's own, `end`, and the tokenizer's."""
     ids = [*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id]
     return sorted({*ids, *getattr(tokenizer, "stop_token_ids", [])} - {None})
+
+
+# ------------------------------------------------------------------------------------------ results of other trainings
+
+
+def check_output_folder(folder: Path, kind: str):
+    """Raise a ValueError if a folder holds a result of another kind: adapter, prefix (--pre_seq_len) or full model.
+
+    Old and new would lie side by side, and whoever opens the folder would take one of them.
+    """
+    if (folder / "adapter_config.json").is_file():
+        found = "adapter"
+    elif (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = "prefix" if config.get("pre_seq_len") else "full model"
+    else:
+        return
+    if found != kind:
+        raise ValueError(
+            f"--output_dir {folder} holds the result of another training (kind: {found}), and this one would write "
+            f"its own (kind: {kind}) beside it: choose another folder, or empty that one."
+        )
+
+
+# ------------------------------------------------------------------------------------------------- initialisation
+
+
+def check_init(given: dict):
+    """Raise a ValueError for an --init_lora_weights that PEFT would only half do: B zero, A random."""
+    missing = {
+        "corda": "needs covariances of the base's inputs, which peft.tuners.lora.corda.preprocess_corda collects",
+        "loftq": "needs a base that LoftQ has quantised, which PEFT's example loftq_finetuning makes",
+    }
+    method = str(given.get("init_lora_weights")).lower()
+    if method in missing:
+        raise ValueError(f"--init_lora_weights {method} {missing[method]}; this script does not: take eva or pissa.")
+
+
+def initialise_from_data(trainer, pad_token_id: int):
+    """With --init_lora_weights eva, A from the singular vectors of the layers' inputs in the first training batches.
+
+    Only in a run that starts: a resumed one has its weights. Raises a ValueError where the model is dealt out.
+    """
+    model, args = trainer.model, trainer.args
+    new = args.resume_from_checkpoint is None and isinstance(model, peft.PeftModel)
+    if not new or getattr(model.active_peft_config, "init_lora_weights", None) != "eva":
+        return
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError("--init_lora_weights eva needs the whole model in each process: drop --deepspeed or --fsdp.")
+    padded = PaddedCollator(pad_token_id)
+    data = DataLoader(
+        trainer.train_dataset,
+        batch_size=args.train_batch_size,
+        collate_fn=lambda rows: {name: tensor.to(model.device) for name, tensor in padded(rows).items()},
+    )
+    logger.info("The adapter starts from the inputs of its layers in the first training batches (EVA).")
+    # The processes look at the same rows, so that there is nothing to gather.
+    peft.initialize_lora_eva_weights(model, data, gather_distributed_inputs=False, show_progress_bar=False)
+
+
+# ------------------------------------------------------------------------------------------- which base was it
+
+
+def base_content(name: str, revision: str | None = None) -> dict | None:
+    """What tells a base from others wherever it lies: architecture, and a hash of names, shapes and some weights.
+
+    The hash is None for weights that are not in safetensors; the result for a name that is no model here.
+    """
+    path = cached_file(name, "config.json", revision=revision, **NOT_FOUND_IS_NONE)
+    if path is None:
+        return None
+    model_type = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
+    config = AutoConfig.from_pretrained(name, revision=revision) if model_type in CONFIG_MAPPING else None
+    return {
+        "architecture": getattr(config, "generation", None) or model_type,
+        "weights": weights_hash(Path(path).parent),
+    }
+
+
+def weights_hash(folder: Path) -> str | None:
+    """The same for weights that were moved, put into other files or another floating point type."""
+    places, digest = {}, sha256()
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                places[name] = path
+                digest.update(f"{name} {file.get_slice(name).get_shape()}".encode())
+    names = sorted(places)
+    for name in names[:: max(1, len(names) // SAMPLED_TENSORS)]:
+        with safe_open(places[name], "pt") as file:
+            weights = file.get_slice(name)
+            start = weights[:1] if weights.get_shape() else file.get_tensor(name)
+            digest.update(start.float().numpy().tobytes())
+    return digest.hexdigest() if names else None
+
+
+def check_base(adapter: str, model):
+    """Raise a ValueError if an adapter, or a saved prefix, was trained on another base than the model is."""
+    folder = adapter_folder(adapter) or Path(adapter)
+    record = folder / "provenance.json"
+    noted = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    config = adapter_config(folder)
+    before = (config and config.base_model_name_or_path) or noted.get("base_model")
+    if not before:
+        return
+    here = base_content(model.name_or_path, getattr(model.config, "_commit_hash", None)) or {}
+    then = noted.get("base_content") or base_content(before, noted.get("commit")) or {}
+    known = [key for key in ("architecture", "weights") if here.get(key) and then.get(key)]
+    if any(here[key] != then[key] for key in known):
+        raise ValueError(
+            f"--adapter_name_or_path {adapter} was trained on {before} ({then['architecture']}), and the model here, "
+            f"{model.name_or_path} ({here['architecture']}), is another one: pass that base, or train a new adapter."
+        )
+    if "weights" not in known and Path(before).name != Path(model.name_or_path).name:
+        logger.warning(f"{adapter} was trained on {before}; whether {model.name_or_path} is the same cannot be told.")
+
+
+def opened_adapter(model, adapter: str, is_trainable: bool) -> peft.PeftModel:
+    """The model inside the adapter with a path or hub name; ValueError if they do not belong together."""
+    check_base(adapter, model)
+    try:
+        return peft.PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
+    except RuntimeError as error:
+        sizes = re.search(r"size mismatch for (\S+): .*?Size\((.*?)\).*?Size\((.*?)\)", str(error), re.DOTALL)
+        if sizes is None:
+            raise
+        name, saved, wanted = sizes.groups()
+        reason = "its base is another"
+        if re.search(r"embed|lm_head|output_layer", name):
+            reason = "its tokenizer has another number of tokens: pass it with --tokenizer_name"
+        raise ValueError(
+            f"--adapter_name_or_path {adapter} does not fit {model.name_or_path}: {name} is {saved} in the adapter "
+            f"and {wanted} here. Most likely {reason}."
+        ) from error

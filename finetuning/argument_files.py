@@ -1,4 +1,4 @@
-"""Arguments from one .json or .yaml file in place of flags."""
+"""Which flags were given: on the command line, in one .json or .yaml file, or in both, where the line overrides."""
 
 import json
 import re
@@ -8,10 +8,22 @@ from pathlib import Path
 import yaml
 
 
+ENDINGS = (".json", ".yaml", ".yml")
+
+
+def given_arguments(parser, words, classes) -> dict:
+    """The values of the flags that were given, by name: those of a file named first, overridden by the other words."""
+    values = {}
+    if words and words[0].endswith(ENDINGS):
+        values, words = file_arguments(words[0], classes), words[1:]
+    return values | parser.given(words)
+
+
 def file_arguments(path, classes):
     """The flat mapping in a JSON or YAML file, with no_x: true for x: false as on the command line.
 
-    YAML 1.1 reads 2e-4 as a string and no as false; where a flag is a number or a strategy, what was meant is taken.
+    YAML 1.1 reads 2e-4 as a string and no as false; where a flag is a number, a strategy or a word, what was meant is
+    taken (resume_from_checkpoint: true).
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -27,6 +39,8 @@ def file_arguments(path, classes):
             values[name] = float(value)
         elif "Strategy" in kind and value is False:
             values[name] = "no"
+        elif name == "resume_from_checkpoint" and isinstance(value, bool):
+            values[name] = "True" if value else None
         elif name.startswith("no_") and name[3:] in flags and flags[name[3:]].default is True:
             values[name[3:]] = not values.pop(name)
     return values

@@ -4,6 +4,7 @@ Shapes: B rows, S positions (of a padded row, or of all rows end to end), N posi
 """
 
 import inspect
+import logging
 import math
 from bisect import bisect_left, insort
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+
+logger = logging.getLogger("run_chatglm_lora.batches")
 
 IGNORE_INDEX = -100  # the label that torch's cross entropy leaves out
 ROWWISE = "sdpa_rowwise"
@@ -157,6 +160,14 @@ def chat_collator(padding_id, chat_args, training_args, longest):
     """The collator for what the flags ask for: padded batches with all logits, unless more is asked for by hand."""
     # Batches of a stream go to each process whole: logits_to_keep and the rows' ends must not be cut into shares.
     training_args.accelerator_config.dispatch_batches = False
+    if training_args.neftune_noise_alpha is not None:
+        if chat_args.pack_to_length or chat_args.padding_free:
+            raise ValueError(
+                "--neftune_noise_alpha scales its noise by the length of a row, and --pack_to_length and "
+                "--padding_free make one row of several: drop one of the flags."
+            )
+        logger.info("--neftune_noise_alpha: rows are padded, because NEFTune scales its noise by a row's length.")
+        chat_args.no_padding_free = True
     padded = PaddedCollator(
         pad_token_id=padding_id,
         label_pad_id=IGNORE_INDEX if chat_args.ignore_pad_token_for_loss else padding_id,

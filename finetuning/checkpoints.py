@@ -14,6 +14,7 @@ import shutil
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -32,17 +33,25 @@ STREAMED_ROWS = 16  # the first of a stream
 # -------------------------------------------------------------------------------------------- settings of a run
 
 
-def run_settings(model_args, lora_args, training_args, train_data, tokenizer) -> dict:
-    """What must be the same when a run is resumed, by flag or in words."""
+class Settings(NamedTuple):
+    """The settings of a run, by flag or in words."""
+
+    fixed: dict  # must be the same when the run is resumed
+    from_here_on: dict  # may change, which is said
+
+
+def run_settings(model_args, chat_args, lora_args, training_args, train_data, tokenizer) -> Settings:
+    """What a checkpoint is held against when a run resumes from it."""
     adapter = {f"--{name}": value for name, value in vars(lora_args).items() if name in ADAPTER_FLAGS}
-    training = {f"--{name}": plain(getattr(training_args, name)) for name in TRAINING_FLAGS}
     batch = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
     question = [{"role": "user", "content": "..."}]
-    return {
+    fixed = {
         "the base model": Path(model_args.model_name_or_path or "from scratch").name,
         "--model_revision": model_args.model_revision,
+        "--dtype": model_args.dtype,
         **(adapter if lora_args.use_lora else {"--use_lora": False}),
-        **training,
+        **flag_values(training_args, CHANGES_THE_RESULT),
+        "--ignore_pad_token_for_loss": chat_args.ignore_pad_token_for_loss,
         "the number of processes": training_args.world_size,
         "--per_device_train_batch_size x --gradient_accumulation_steps": batch,
         "the strategy": strategy(training_args),
@@ -50,21 +59,59 @@ def run_settings(model_args, lora_args, training_args, train_data, tokenizer) ->
         and tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False),
         "the training data (files, --max_train_samples, length flags, tokenizer)": fingerprint(train_data),
     }
+    batches = {"--no_padding_free": chat_args.no_padding_free, "--pad_to_max_length": chat_args.pad_to_max_length}
+    return Settings(fixed, flag_values(training_args, FROM_HERE_ON) | batches)
+
+
+def flag_values(training_args, names) -> dict:
+    """Those of the flags that this version of transformers has, with their values as JSON knows them."""
+    values = json.loads(json.dumps(training_args.to_dict(), default=str))
+    return {f"--{name}": values[name] for name in sorted(names) if name in values}
 
 
 # fmt: off
 ADAPTER_FLAGS = {
     "use_lora", "peft_type", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save",
-    "lora_bias", "use_rslora", "use_dora", "num_virtual_tokens", "pre_seq_len", "prefix_projection", "load_in_4bit",
-    "load_in_8bit",
+    "lora_bias", "use_rslora", "use_dora", "init_lora_weights", "num_virtual_tokens", "pre_seq_len",
+    "prefix_projection", "load_in_4bit", "load_in_8bit",
+}
+# Each field of TrainingArguments stands in one of three tables; tests/test_checkpoints.py sees to it.
+#
+# The optimizer and the schedule take these from the checkpoint, so that another value would be passed over without a
+# word; or the order of the data and the loss hang on them, and the run would be neither the old one nor a new one.
+CHANGES_THE_RESULT = {
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args",
+    "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "average_tokens_across_devices", "seed",
+    "data_seed", "train_sampling_strategy", "length_column_name", "dataloader_drop_last", "accelerator_config",
+    "parallelism_config",
+}
+# The length of the run, which the schedule stretches to, and what sums are rounded by or streamed rows dealt out by.
+FROM_HERE_ON = {
+    "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "auto_find_batch_size", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode",
+    "use_liger_kernel", "liger_kernel_config", "gradient_checkpointing", "gradient_checkpointing_kwargs",
+    "activation_checkpointing", "activation_checkpointing_kwargs", "dataloader_num_workers", "dataloader_in_order",
+    "ignore_data_skip", "restore_callback_states_from_checkpoint", "full_determinism", "fsdp_config", "use_cpu",
+    "metric_for_best_model", "greater_is_better", "load_best_model_at_end",
+}
+# What is logged, evaluated, saved and published, and how data and gradients travel. --deepspeed and --fsdp are
+# compared in words, as the strategy.
+HARMLESS = {
+    "output_dir", "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank", "deepspeed", "fsdp",
+    "torch_empty_cache_steps", "use_cache", "remove_unused_columns", "label_names", "debug", "skip_memory_metrics",
+    "logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter",
+    "include_num_input_tokens_seen", "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name",
+    "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "eval_strategy", "eval_steps",
+    "eval_delay", "per_device_eval_batch_size", "prediction_loss_only", "eval_on_start", "eval_do_concat_batches",
+    "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
+    "bf16_full_eval", "fp16_full_eval", "save_only_model", "save_strategy", "save_steps", "save_on_each_node",
+    "save_total_limit", "enable_jit_checkpoint", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id",
+    "hub_strategy", "hub_always_push", "hub_revision", "dataloader_pin_memory", "dataloader_persistent_workers",
+    "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "ddp_find_unused_parameters",
+    "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout",
 }
 # fmt: on
-# Trainer takes these from the checkpoint, or the order of the data hangs on them: another value would go unnoticed.
-TRAINING_FLAGS = ["learning_rate", "lr_scheduler_type", "optim", "seed", "data_seed", "train_sampling_strategy"]
-
-
-def plain(value):
-    return getattr(value, "value", value)  # enumerations as JSON
 
 
 def strategy(training_args) -> str:
@@ -88,9 +135,13 @@ def fingerprint(data) -> str:
 
 
 def check_settings(folder, settings):
-    """Raise a ValueError if a checkpoint was made with other settings than those of this run."""
+    """Raise a ValueError if a checkpoint was made with other settings than those of this run; say what may change."""
+    for name, before in ((read_manifest(folder) or {}).get("from_here_on") or {}).items():
+        now = settings.from_here_on.get(name, before)
+        if now != before:
+            logger.warning(f"{name} was {before!r} up to {folder.name}, and is {now!r} from here on.")
     for name, before in recorded_settings(folder).items():
-        now = settings.get(name, before)
+        now = settings.fixed.get(name, before)
         if now != before:
             flag = re.match(r"--\w+$", name)
             raise ValueError(
@@ -164,7 +215,8 @@ def mark_as_whole(folder, settings):
         with open(folder / name, "rb") as file:
             os.fsync(file.fileno())
     written = datetime.now(timezone.utc).isoformat()
-    text = json.dumps({"written": written, "settings": settings, "files": files}, ensure_ascii=False, indent=1)
+    manifest = {"written": written, "settings": settings.fixed, "from_here_on": settings.from_here_on, "files": files}
+    text = json.dumps(manifest, ensure_ascii=False, indent=1)
     partial = folder / f"{MANIFEST}.part"
     with open(partial, "w", encoding="utf-8") as file:
         file.write(text + "\n")

@@ -11,6 +11,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from .mistakes import did_you_mean
 
 
+NOT_GIVEN = object()
 USAGE = "run_chatglm_lora.py --flag value ...    or    run_chatglm_lora.py ARGUMENTS.yaml"
 
 # Flags that transformers renamed or dropped, and those of other programs for ChatGLM and LoRA: what to write here.
@@ -139,11 +140,16 @@ class FlagParser(HfArgumentParser):
         """A ValueError in place of argparse's usage, which lists every flag."""
         raise ValueError(re.sub(r"^argument (--\w+)\S*: ", r"\1: ", message))
 
-    def parse_args_into_dataclasses(self, args, **options):
-        _, rest = self.parse_known_args(args)
+    def given(self, words) -> dict:
+        """The values of the flags on a command line, by name, without the defaults of all others.
+
+        argparse sets a default only where the namespace has no value yet.
+        """
+        unset = {f.name: NOT_GIVEN for cls in self.dataclass_types for f in fields(cls)}
+        namespace, rest = self.parse_known_args(words, argparse.Namespace(**unset))
         self.check_known([word.split("=")[0] for word in rest])
-        given = [word.split("=")[0].lstrip("-").replace("-", "_") for word in args if word.startswith("--")]
-        return self.checked(given, lambda: super(FlagParser, self).parse_args_into_dataclasses(args, **options))
+        check_both_ways({word.split("=")[0].lstrip("-").replace("-", "_") for word in words if word[:2] == "--"})
+        return {name: value for name, value in vars(namespace).items() if value is not NOT_GIVEN}
 
     def parse_dict(self, args, **options):
         names = {f.name for cls in self.dataclass_types for f in fields(cls)}
@@ -180,11 +186,16 @@ class FlagParser(HfArgumentParser):
         return parsed
 
 
+def check_both_ways(names):
+    """Raise a ValueError if a flag is turned on and off."""
+    for name in sorted(names):
+        if f"no_{name}" in names:
+            raise ValueError(f"--{name} and --no_{name} contradict each other: drop one of them.")
+
+
 def check_contradictions(given, args):
     """Raise a ValueError if, of the flags that were given, one makes another ineffective."""
-    for name in sorted(given):
-        if f"no_{name}" in given:
-            raise ValueError(f"--{name} and --no_{name} contradict each other: drop one of them.")
+    check_both_ways(given)
     if not hasattr(args, "peft_type"):
         return
     adapter = [name for name in (*PEFT_FIELDS, "prefix_projection", "adapter_name_or_path") if name in given]

@@ -1,21 +1,21 @@
 """Before and after a run: mistakes in launching it that no library reports, the output folder, the process group."""
 
 import difflib
-import json
 import logging
 import os
-import socket
-import time
+import tempfile
 from pathlib import Path
 
+import psutil
 import torch
+from filelock import FileLock, Timeout
 from torch import distributed
 
 
 logger = logging.getLogger("run_chatglm_lora.launching")
 
 LOCK = "training.lock"
-LONGEST_COMPILATION = 15  # minutes; DeepSpeed's largest extension for CPUs took 2.5 on two cores
+LONGEST_ORPHAN = 6  # seconds; data loader workers, which share the lock, look every 5 whether their process lives
 # Sections of a DeepSpeed configuration that its module of constants does not name.
 # fmt: off
 DEEPSPEED_SECTIONS = {
@@ -27,7 +27,7 @@ DEEPSPEED_SECTIONS = {
     "zero_optimization",
 }
 # fmt: on
-held_lock = None  # the open file: closing it would give the lock up
+held_lock = None  # of the output folder, as long as the process lives
 
 
 def prepared_words(words) -> list[str]:
@@ -113,20 +113,32 @@ def check_extension_locks():
     """Raise a ValueError if a process was killed while it compiled an extension of DeepSpeed.
 
     Its lock stays, and every later process that needs the extension waits for it to go, without a word and for ever.
+    The process that holds a lock has the file open.
     """
     from torch.utils.cpp_extension import get_default_build_root
 
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    if not list(folder.rglob("*.so")):
+        logger.warning(f"DeepSpeed may compile extensions into {folder} now: that takes minutes, once.")
     for lock in folder.rglob("lock"):
-        try:
-            minutes = (time.time() - lock.stat().st_mtime) / 60
-        except FileNotFoundError:  # another process has just given it up
-            continue
-        if minutes > LONGEST_COMPILATION:
+        if owner := process_with(lock):
+            logger.warning(f"Process {owner} compiles an extension of DeepSpeed in {lock.parent}: waiting for it.")
+        elif lock.exists():  # it has not just been given up
             raise ValueError(
-                f"{lock} is {minutes:.0f} minutes old: a process was killed while it compiled an extension, and "
-                "DeepSpeed would wait for it for ever. Delete that file."
+                f"{lock} is held by no process of this machine: one was killed while it compiled an extension, and "
+                "DeepSpeed would wait for it for ever. Delete that file, unless another machine compiles there now."
             )
+
+
+def process_with(path: Path) -> int | None:
+    """The id of a process of this machine that has the file open; None without one that can be seen."""
+    for process in psutil.process_iter():
+        try:
+            if any(Path(file.path) == path.resolve() for file in process.open_files()):
+                return process.pid
+        except psutil.Error:  # ended meanwhile, or of another user
+            continue
+    return None
 
 
 def allow_deepspeed_states():
@@ -151,36 +163,21 @@ def claim_folder(folder, lock):
     global held_lock
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - stays open as long as the process
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be written to ({error}): choose another folder.") from error
-    if lock:
-        check_alone(file, folder)
-        file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}) + "\n")
-        file.flush()
-        held_lock = file
-    else:
-        file.close()
-        if os.path.getsize(folder / LOCK) == 0:
-            os.unlink(folder / LOCK)
-
-
-def check_alone(file, folder):
-    """Lock the file; ValueError if another process has it. Unlike flock, no forked data loader keeps lockf's lock."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    if not lock:
         return
+    held_lock = FileLock(folder / LOCK, timeout=LONGEST_ORPHAN)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
+        held_lock.acquire()
+    except Timeout as error:
         raise ValueError(
-            f"Another process trains into {folder}: {file.read().strip()}. Choose another --output_dir, or end it. "
+            f"Another process trains into {folder}: it holds {LOCK}. Choose another --output_dir, or end it. "
             "Processes that should train together are started by torchrun."
         ) from error
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:
+        held_lock = None
         logger.warning(f"{folder} does not support locks ({error}): see to it that one run at a time writes there.")
 
 
@@ -196,8 +193,8 @@ def end_processes():
     """Leave the process group together. Without it one run in four under gloo aborts after its work is done."""
     global held_lock
     if held_lock is not None:
-        os.unlink(held_lock.name)
-        held_lock.close()
+        held_lock.release()
+        Path(held_lock.lock_file).unlink(missing_ok=True)
         held_lock = None
     if distributed.is_available() and distributed.is_initialized():
         distributed.barrier()

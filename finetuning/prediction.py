@@ -15,9 +15,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 from packaging.version import Version
 from peft import PeftModel, get_peft_model_state_dict
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
 
 
 logger = logging.getLogger("run_chatglm_lora.prediction")
+
+SCORES = ("exact_match", "bleu-4", "rouge-1", "rouge-2", "rouge-l")
 
 
 def left_padded(rows, value) -> torch.Tensor:
@@ -114,6 +117,51 @@ def made_with(model, rows, settings) -> str:
     return digest.hexdigest()
 
 
+def answered(trainer, tokenizer, batch, chat_args, pad_token_id) -> list[dict]:
+    """Prompt, reference and prediction of each row of a batch, which the processes share out among them."""
+    with trainer.accelerator.split_between_processes(batch) as share:
+        prompts, length = [row["input_ids"] for row in share], chat_args.max_target_length
+        search = search_options(chat_args)
+        answers = generated_ids(trainer.model, prompts, length, pad_token_id, **search) if prompts else []
+    texts = gather_object([tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers])
+    return [
+        {"prompt": row["prompt"], "reference": row["reference"], "prediction": text}
+        for row, text in zip(batch, texts, strict=True)
+    ]
+
+
+class AnswersWhileTraining(TrainerCallback):
+    """With --predict_with_generate, answers the validation rows at each evaluation of a training and scores them.
+
+    Trainer reads --metric_for_best_model from the metrics that it hands to this callback.
+    """
+
+    def __init__(self, trainer, *how):
+        self.trainer, self.how = trainer, how  # how: tokenizer, rows, flags, id of the padding
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if not self.trainer.is_in_train:  # after training, predict() answers them
+            return
+        tokenizer, rows, chat_args, pad_token_id = self.how
+        rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
+        size = args.per_device_eval_batch_size * args.world_size
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        lines = [
+            line for batch in batches for line in answered(self.trainer, tokenizer, batch, chat_args, pad_token_id)
+        ]
+        scored = {f"eval_{name}": value for name, value in answer_scores(lines).items()}
+        logger.info(f"Answers at step {state.global_step}: {scored}")
+        metrics.update(scored)
+        state.log_history[-1].update(scored)
+
+
+def check_best_metric(training_args, chat_args):
+    """Raise a ValueError if the best model is to be told by answers, and none are generated."""
+    metric = str(training_args.metric_for_best_model).removeprefix("eval_")
+    if metric in SCORES and not (chat_args.predict_with_generate and training_args.do_eval):
+        raise ValueError(f"--metric_for_best_model {metric} scores answers: add --do_eval --predict_with_generate.")
+
+
 def predict(trainer, tokenizer, data, chat_args, pad_token_id, stage="predict"):
     """Answer every row of `data`, whose columns are input_ids, prompt and reference, and score the answers.
 
@@ -136,15 +184,7 @@ def predict(trainer, tokenizer, data, chat_args, pad_token_id, stage="predict"):
     bar = tqdm(desc="Answering", unit="row", total=len(rows), initial=len(lines), disable=hidden)
     for start in range(len(lines), len(rows), batch_size):
         batch = [rows[number] for number in order[start : start + batch_size]]
-        with trainer.accelerator.split_between_processes(batch) as share:
-            prompts = [row["input_ids"] for row in share]
-            length = chat_args.max_target_length
-            answers = generated_ids(trainer.model, prompts, length, pad_token_id, **search) if prompts else []
-        texts = gather_object([tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers])
-        new = [
-            {"prompt": row["prompt"], "reference": row["reference"], "prediction": text}
-            for row, text in zip(batch, texts, strict=True)
-        ]
+        new = answered(trainer, tokenizer, batch, chat_args, pad_token_id)
         lines += new
         if args.should_save:
             file.write(new, "a")
@@ -187,5 +227,4 @@ def answer_scores(lines) -> dict:
         if all(text.strip() for text in words):  # Rouge refuses empty texts, which score nothing
             for name, score in rouge.get_scores(*words)[0].items():
                 totals[name] += 100 * score["f"]
-    names = ("exact_match", "bleu-4", "rouge-1", "rouge-2", "rouge-l")
-    return {name: totals[name] / len(pairs) for name in names}
+    return {name: totals[name] / len(pairs) for name in SCORES}

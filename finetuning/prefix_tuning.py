@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from . import adapters
+
 
 logger = logging.getLogger("run_chatglm_lora.prefix_tuning")
 
@@ -36,6 +38,7 @@ def prefix_tuned(model, lora_args):
     """The model, of which the prefix encoder alone is trained, in float32, and saved."""
     encoder = model.transformer.prefix_encoder.float()  # its states are cast to the type of the base
     if lora_args.adapter_name_or_path:
+        adapters.check_base(lora_args.adapter_name_or_path, model)
         load_prefix(encoder, Path(lora_args.adapter_name_or_path))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     model._keys_to_ignore_on_save = set(model.state_dict()) - trained

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate.data_loader import get_sampler
+from datasets import IterableDataset
 from safetensors import SafetensorError
 from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
@@ -32,8 +33,8 @@ SAME_SIGNAL_SECONDS = 3  # launchers and terminals deliver one wish to stop twic
 class Safeguards:
     """The callbacks of a training run, made before the model is loaded: --resume_from_checkpoint becomes a path."""
 
-    def __init__(self, model_args, lora_args, training_args, train_data, tokenizer):
-        settings = run_settings(model_args, lora_args, training_args, train_data, tokenizer)
+    def __init__(self, model_args, chat_args, lora_args, training_args, train_data, tokenizer):
+        settings = run_settings(model_args, chat_args, lora_args, training_args, train_data, tokenizer)
         training_args.resume_from_checkpoint = resume_point(training_args, settings)
         self.checks = TrainingChecks()
         self.stop = StopOnSignal()
@@ -46,10 +47,13 @@ class Safeguards:
     def trained_and_saved(self, trainer) -> dict:
         """Train, save the model or adapter in --output_dir, and return the metrics of the training.
 
-        Raises SystemExit with STOPPED_EARLY after a signal, when a checkpoint is saved; OSError if the disk is full.
+        Raises SystemExit with STOPPED_EARLY after a signal, when a checkpoint is saved; OSError if the disk is full;
+        ValueError where no step is made.
         """
         args = trainer.args
         self.checks.trainer = trainer
+        if makes_no_step(trainer):
+            raise nothing_trained(trainer)
         with self.stop:
             try:
                 metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
@@ -62,6 +66,8 @@ class Safeguards:
                     raise
                 failed = f"{self.checkpoints.new} could not be written, and is removed: {error}"
                 raise OSError(f"{failed}\n{kept(args)}") from error
+        if trainer.state.global_step == 0:
+            raise nothing_trained(trainer)
         try:
             trainer.save_model()
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -71,6 +77,25 @@ class Safeguards:
         if args.should_save:
             self.checks.check_saved(args.output_dir, trainer.model, trainer.state.global_step)
         return metrics
+
+
+def makes_no_step(trainer) -> bool:
+    """Whether no epoch is asked for, or --dataloader_drop_last leaves no batch; a stream is not counted."""
+    args, data = trainer.args, trainer.train_dataset
+    if isinstance(data, IterableDataset):
+        return False
+    batches = len(data) // (args.train_batch_size * args.world_size) if args.dataloader_drop_last else len(data)
+    return batches == 0 or (args.max_steps <= 0 and args.num_train_epochs <= 0)
+
+
+def nothing_trained(trainer) -> ValueError:
+    args = trainer.args
+    rows = "a stream of" if isinstance(trainer.train_dataset, IterableDataset) else len(trainer.train_dataset)
+    return ValueError(
+        f"Nothing is trained, and nothing saved: {rows} examples, --per_device_train_batch_size "
+        f"{args.per_device_train_batch_size}, --dataloader_drop_last {args.dataloader_drop_last}, "
+        f"--num_train_epochs {args.num_train_epochs:g} and --max_steps {args.max_steps} make no step."
+    )
 
 
 def earlier_metrics(output_dir) -> dict:
@@ -96,7 +121,7 @@ class StopIfFinished(TrainerCallback):
     """Trainer would train one step more when it resumes at the last step and that is no end of an epoch."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps > 0:
             logger.warning(f"The run was finished at step {state.global_step}: only its result is written again.")
             raise FinishedBefore
 

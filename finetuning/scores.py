@@ -3,11 +3,14 @@
 Shapes: B rows, S positions, N positions whose logits are computed, V vocabulary rows, T virtual tokens of a prompt.
 """
 
+import math
+
 import datasets
 import evaluate
 import numpy as np
 import torch
 from torch.nn.functional import log_softmax
+from transformers import TrainerCallback
 from transformers.utils import is_torch_xla_available
 
 from .batches import IGNORE_INDEX
@@ -24,6 +27,27 @@ def scoring(collator, row_format, training_args):
         "compute_metrics": TokenScores(),
         "preprocess_logits_for_metrics": lambda logits, labels: row_scores(logits, labels, collator.end_to_end),
     }
+
+
+def metric_defaults(given) -> dict:
+    """Of --metric_for_best_model perplexity the lowest is best; Trainer knows that of losses only."""
+    return {"greater_is_better": False} if "perplexity" in str(given.get("metric_for_best_model")) else {}
+
+
+class PerplexityWhileTraining(TrainerCallback):
+    """Adds the perplexity to each evaluation, whose metrics Trainer reads --metric_for_best_model from."""
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if str(args.metric_for_best_model).removeprefix("eval_") == "perplexity":
+            metrics["eval_perplexity"] = state.log_history[-1]["eval_perplexity"] = perplexity(metrics)
+
+
+def perplexity(metrics) -> float:
+    """exp of the loss over all trained tokens or, on blocks of text, of the mean loss of the batches."""
+    try:
+        return math.exp(metrics.get("eval_token_loss", metrics["eval_loss"]))
+    except OverflowError:
+        return math.inf
 
 
 # ----------------------------------------------------------------------------------------------------- blocks of text

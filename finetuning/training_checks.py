@@ -40,7 +40,9 @@ class TrainingChecks(TrainerCallback):
         )
         self.batches = []  # (loss, inputs) of each forward pass of the step
         self.has_gradient = set()
-        self.loss_hook = model.register_forward_hook(self.note_loss, with_kwargs=True)
+        self.loss_hooks = [model.register_forward_hook(self.note_loss, with_kwargs=True)]
+        if self.trainer and self.trainer.compute_loss_func:  # gets the labels in place of the model
+            self.loss_hooks.append(self.trainer.compute_loss_func.register_forward_hook(self.note_own_loss))
         self.gradient_hooks = [
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: self.has_gradient.add(name))
             for name, parameter in model.named_parameters()
@@ -48,8 +50,13 @@ class TrainingChecks(TrainerCallback):
         ]
 
     def note_loss(self, model, args, inputs, output):
+        self.inputs = inputs if model.training else None
         if model.training and output.loss is not None:
             self.batches.append((output.loss.detach(), inputs))
+
+    def note_own_loss(self, loss_function, args, loss):
+        if self.inputs is not None:
+            self.batches.append((loss.detach(), self.inputs))
 
     def on_pre_optimizer_step(self, args, state, control, model, optimizer, processing_class, **kwargs):
         loss_is_bad = torch.tensor([not loss.isfinite().all() for loss, _ in self.batches]).any()
@@ -81,7 +88,8 @@ class TrainingChecks(TrainerCallback):
             self.check_saved(Path(args.output_dir, f"checkpoint-{state.global_step}"), model, state.global_step)
 
     def on_train_end(self, args, state, control, model, **kwargs):
-        self.loss_hook.remove()
+        while self.loss_hooks:
+            self.loss_hooks.pop().remove()
         check_finite(model)
 
     @staticmethod

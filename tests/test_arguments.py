@@ -48,6 +48,48 @@ def test_one_file_of_arguments_equals_the_command_line(suffix, tmp_path, monkeyp
     assert losses(tmp_path / "by_file") == losses(by_flags)
 
 
+def test_flags_after_a_file_of_arguments_override_it(tmp_path, monkeypatch):
+    path = tmp_path / "args.yaml"
+    path.write_text("learning_rate: 1e-4\nlora_r: 4\nuse_lora: true\nmax_steps: 7\noutput_dir: out\n")
+    words = [str(path), "--lora_r", "16", "--no_padding_free", "--learning_rate=2e-3", "--use_cpu"]
+    monkeypatch.setattr(sys, "argv", ["run_chatglm_lora.py", *words])
+    _, _, chat_args, lora_args, training_args = run_chatglm_lora.parsed_arguments()
+    assert (lora_args.lora_r, training_args.learning_rate, training_args.max_steps) == (16, 2e-3, 7)
+    assert chat_args.no_padding_free and lora_args.lora_alpha == 32
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+@pytest.mark.parametrize("value, meant", [("true", "True"), ("false", None)])
+def test_true_and_false_for_resuming_in_a_file_are_what_the_flag_means(tmp_path, monkeypatch, suffix, value, meant):
+    path = tmp_path / f"args.{suffix}"
+    path.write_text(f'{{"resume_from_checkpoint": {value}, "output_dir": "out", "use_cpu": true}}')
+    monkeypatch.setattr(sys, "argv", ["run_chatglm_lora.py", str(path)])
+    assert run_chatglm_lora.parsed_arguments()[-1].resume_from_checkpoint == meant
+
+
+def test_losses_are_logged_fifty_times_a_run_unless_a_number_of_steps_is_given(tmp_path, monkeypatch):
+    def interval(*words):
+        monkeypatch.setattr(sys, "argv", ["run_chatglm_lora.py", "--output_dir", "out", "--use_cpu", *words])
+        args = run_chatglm_lora.parsed_arguments()[-1]
+        return args.logging_steps, args.eval_steps
+
+    assert interval() == (0.02, 500) and interval("--logging_steps", "500") == (500, None)
+    assert interval("--logging_steps", "10", "--eval_strategy", "steps") == (10, 10)
+    path = tmp_path / "args.yaml"
+    path.write_text("logging_steps: 500\noutput_dir: out\nuse_cpu: true\n")
+    monkeypatch.setattr(sys, "argv", ["run_chatglm_lora.py", str(path)])
+    assert run_chatglm_lora.parsed_arguments()[-1].logging_steps == 500
+
+
+def test_run_of_nine_steps_shows_nine_losses_and_draws_them(chatglm3, chats, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    words = ["--model_name_or_path", chatglm3, "--train_file", chats, "--do_train", "--max_steps", "9", "--use_cpu"]
+    words += ["--output_dir", str(tmp_path / "out"), "--report_to", "none", "--save_strategy", "no"]
+    monkeypatch.setattr(sys, "argv", ["run_chatglm_lora.py", *words])
+    run_chatglm_lora.main()
+    assert len(losses(tmp_path / "out")) == 9 and (tmp_path / "out/training_loss.png").exists()
+
+
 def test_script_header_for_uv_lists_the_requirements():
     header = re.search(r"# dependencies = \[\n(.*?)# \]", (ROOT / "run_chatglm_lora.py").read_text(), re.S).group(1)
     listed = set(re.findall(r'"(.+?)"', header))

@@ -136,3 +136,15 @@ def test_scores_are_sums_over_rows_and_padding_of_other_processes_is_no_row():
     summed = metric(evaluation, compute_result=True)
     assert summed["accuracy"] == pytest.approx(2 / 3)
     assert summed["token_loss"] == pytest.approx(scores[:, 2].sum().item() / 3)
+
+
+def test_noisy_embeddings_are_scaled_by_the_length_of_padded_rows(run, chatglm3, chats, caplog):
+    """Rows end to end would get the noise of one row as long as all of them."""
+    flags = ["--model_name_or_path", chatglm3, "--train_file", chats, CHAT_FLAGS, "--do_train", "--max_steps", 2]
+    flags += ["--neftune_noise_alpha", 5, "--log_level", "info"]
+    with caplog.at_level("INFO"):
+        folder = run(flags)
+    assert "--neftune_noise_alpha: rows are padded" in caplog.text
+    assert losses(folder) == losses(run(flags, "--no_padding_free", output="padded"))
+    with pytest.raises(ValueError, match="--padding_free make one row of several: drop one of the flags"):
+        run(flags, "--pack_to_length", 128, output="packed")

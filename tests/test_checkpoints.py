@@ -3,12 +3,14 @@
 import json
 import logging
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from tiny import CHAT_FLAGS, CHATML, CHATS, losses, write_jsonl
+from tiny import CHAT_FLAGS, CHATML, CHATS, ROOT, losses, write_jsonl
+from transformers import TrainingArguments
 
-from finetuning.checkpoints import MANIFEST
+from finetuning.checkpoints import CHANGES_THE_RESULT, FROM_HERE_ON, HARMLESS, MANIFEST
 
 
 @pytest.fixture
@@ -140,6 +142,13 @@ def test_truncated_file_is_named_with_its_size(run, flags, stopped):
 
 
 CHANGES = {
+    "--weight_decay": ([0.1], "--weight_decay 0.0, this run has 0.1"),
+    "--adam_beta2": ([0.9], "--adam_beta2 0.999, this run has 0.9"),
+    "--warmup_steps": ([3], "--warmup_steps 0, this run has 3"),
+    "--lr_scheduler_kwargs": (['{"num_cycles": 2}'], "--lr_scheduler_kwargs None, this run has {'num_cycles': 2}"),
+    "--neftune_noise_alpha": ([5], "--neftune_noise_alpha None, this run has 5.0"),
+    "--bf16": ([], "--bf16 False, this run has True"),
+    "--init_lora_weights": (["pissa"], "--init_lora_weights 'true', this run has 'pissa'"),
     "--lora_alpha": ([16], "--lora_alpha 32, this run has 16: resume with the old value .--lora_alpha 32."),
     "--lora_r": ([4], "--lora_r 8, this run has 4"),
     "--lora_target_modules": (["dense"], "--lora_target_modules None, this run has 'dense'"),
@@ -156,6 +165,45 @@ def test_other_settings_than_the_checkpoints_are_refused_with_both_values(run, f
     for flag, (value, sentence) in CHANGES.items():
         with pytest.raises(ValueError, match=sentence):
             run(flags, resume, flag, value, output="resumed")
+
+
+def test_changes_from_here_on_are_said_in_a_line_each(run, flags, stopped, caplog):
+    changes = ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2, "--no_padding_free"]
+    run(flags, changes, "--max_steps", 8, "--resume_from_checkpoint", stopped / "checkpoint-4", output="resumed")
+    changed = [line for line in caplog.messages if line.endswith("from here on.")]
+    assert sorted(changed) == [
+        "--gradient_accumulation_steps was 1 up to checkpoint-4, and is 2 from here on.",
+        "--max_steps was 6 up to checkpoint-4, and is 8 from here on.",
+        "--no_padding_free was False up to checkpoint-4, and is True from here on.",
+        "--per_device_train_batch_size was 2 up to checkpoint-4, and is 1 from here on.",
+    ]
+
+
+def test_every_field_of_training_arguments_is_sorted_once():
+    tables = [CHANGES_THE_RESULT, FROM_HERE_ON, HARMLESS]
+    places = {field.name: sum(field.name in table for table in tables) for field in fields(TrainingArguments)}
+    assert {name: count for name, count in places.items() if count != 1} == {}
+
+
+def test_checkpoint_of_the_last_version_goes_on_with_the_losses_that_it_had_there(run, tmp_path, monkeypatch):
+    """Written by commit 811b4dd with these flags; on another processor sums are rounded in another way."""
+    shutil.copytree(ROOT / "tests/assets/checkpoint_of_811b4dd", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    flags = "--model_name_or_path base --train_file chats.jsonl --do_train --max_steps 4 --lora_r 2 --save_steps 2"
+    flags += " --max_target_length 16 --max_source_length 32 --per_device_train_batch_size 2"
+    folder = run(*flags.split(), "--resume_from_checkpoint", "checkpoint-2")
+    assert losses(folder) == pytest.approx(LOSSES_OF_811B4DD, rel=1e-5)
+
+
+LOSSES_OF_811B4DD = [3.328157663345337, 3.5176093578338623, 3.332681655883789, 3.073087453842163]
+
+
+@pytest.mark.parametrize("flags_of_no_step", [["--dataloader_drop_last"], ["--num_train_epochs", 0]])
+def test_run_without_a_step_is_an_error_and_saves_nothing(run, chatglm3, chats, tmp_path, flags_of_no_step):
+    model = ["--model_name_or_path", chatglm3, "--train_file", chats, CHAT_FLAGS, "--do_train"]
+    with pytest.raises(ValueError, match="Nothing is trained, and nothing saved: 16 examples, .* make no step"):
+        run(model, "--per_device_train_batch_size", 17, flags_of_no_step)
+    assert not (tmp_path / "out/adapter_model.safetensors").exists()
 
 
 def test_other_data_are_refused_and_moved_data_are_not(run, flags, stopped, chats, tmp_path):

@@ -203,3 +203,17 @@ def test_trained_modules_are_reported_when_nothing_is_trainable(chatglm3):
     model = AutoModelForCausalLM.from_pretrained(chatglm3)
     config = adapter_config(model, LoraArguments(lora_r=4, use_rslora=True))
     assert (config.r, config.use_rslora, config.base_model_name_or_path) == (4, True, chatglm3)
+
+
+def test_eva_starts_from_the_inputs_of_the_layers_in_the_first_batches(run, flags, caplog):
+    """A holds orthonormal singular vectors of what the layers get; PEFT alone would leave it as it is by default."""
+    folder = run(flags, "--init_lora_weights", "eva", "--lora_r", 4, "--learning_rate", 1e-9)
+    for name, tensor in adapter(folder).items():
+        if "lora_A" in name:
+            assert torch.allclose(tensor @ tensor.T, torch.eye(4), atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["corda", "loftq"])
+def test_initialisation_that_needs_more_than_the_script_does_is_refused(run, flags, method):
+    with pytest.raises(ValueError, match=f"--init_lora_weights {method} needs .*: take eva or pissa"):
+        run(flags, "--init_lora_weights", method)

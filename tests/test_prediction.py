@@ -135,3 +135,19 @@ def test_a_trained_prompt_or_prefix_reaches_generation_with_a_cache(kind):
         expected = torch.cat((expected, logits[:, -1:].argmax(-1)), dim=1)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     assert torch.equal(adapted.generate(input_ids=ids, **options), expected)
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "bleu-4"])
+def test_best_model_is_told_by_perplexity_or_by_answers(run, llama, chats, metric):
+    flags = ["--model_name_or_path", llama, "--train_file", chats, "--validation_file", chats, CHAT_FLAGS]
+    flags += ["--do_train", "--do_eval", "--max_steps", 4, "--max_target_length", 8, "--max_source_length", 60]
+    flags += ["--eval_strategy", "steps", "--eval_steps", 2, "--save_strategy", "steps", "--save_steps", 2]
+    flags += ["--load_best_model_at_end", "--metric_for_best_model", metric, "--max_eval_samples", 4]
+    if metric == "bleu-4":
+        with pytest.raises(ValueError, match="--metric_for_best_model bleu-4 scores answers: add --do_eval --predict"):
+            run(flags, output="alone")
+        flags += ["--predict_with_generate"]
+    state = json.loads((run(flags) / "trainer_state.json").read_text())
+    values = {entry["step"]: entry[f"eval_{metric}"] for entry in state["log_history"] if f"eval_{metric}" in entry}
+    best = min if metric == "perplexity" else max
+    assert set(values) >= {2, 4} and state["best_metric"] == best(values[2], values[4])

@@ -1,0 +1,106 @@
+"""README.md of a result: data, base, metrics and how to load it, without the paths of this machine."""
+
+import json
+from pathlib import Path
+
+import peft
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import Trainer
+
+from . import data_files, provenance
+
+
+METRICS = ("eval_loss", "eval_token_loss", "eval_accuracy", "perplexity", "eval_exact_match", "eval_bleu-4",
+           "eval_rouge-1", "eval_rouge-2", "eval_rouge-l")  # fmt: skip
+TEXT = """\
+# {name}
+
+{what} of **{base}**, fine-tuned on {data}.
+
+## Results
+
+{results}
+
+## How to load it
+
+```python
+{loading}
+```
+
+## How it was made
+
+* learning rate {learning_rate:g} ({schedule}), batches of {batch}, {steps} steps, seed {seed}
+* {project}; versions and prompt format: `provenance.json`
+"""
+LOADING_MODEL = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+LOADING_ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+CHATGLM = "import chatglm  # of this project: makes ChatGLM known to the Auto classes\n"
+
+
+def public_name(path_or_name: str) -> str:
+    """A hub name as it is; of a folder, its own name."""
+    path = Path(path_or_name)
+    return path.resolve().name if path.is_absolute() or path.exists() else path_or_name
+
+
+def names_of_data(data_args, chat_args) -> str:
+    """The data set, or the names of the files, for a sentence."""
+    if data_args.dataset_name is not None:
+        return " ".join(filter(None, (public_name(data_args.dataset_name), data_args.dataset_config_name)))
+    given = (data_args.train_file, data_args.validation_file, chat_args.test_file)
+    return ", ".join(
+        dict.fromkeys(Path(file).name for name in given if name for file in data_files.listed_files(name))
+    )
+
+
+class DocumentedTrainer(Trainer):
+    """A Trainer whose model card is ours, also where Trainer itself writes it, as each save to the hub does."""
+
+    base_name = data_names = "unknown"
+
+    def create_model_card(self, model_name=None, **kwargs):
+        if self.is_world_process_zero():
+            card = card_text(self, model_name or Path(self.args.output_dir).resolve().name)
+            card.save(Path(self.args.output_dir, "README.md"))
+
+
+def card_text(trainer, name) -> ModelCard:
+    """The card of what a trainer has trained, with what all_results.json has measured."""
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    adapted = isinstance(model, peft.PeftModel)
+    base = public_name(trainer.base_name)
+    path = Path(args.output_dir, "all_results.json")
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    measured = [f"* {key.removeprefix('eval_')}: {results[key]:.4g}" for key in METRICS if key in results]
+    loading = (LOADING_ADAPTER if adapted else LOADING_MODEL).format(name=name, base=base)
+    inner = model.get_base_model() if adapted else model
+    text = TEXT.format(
+        name=name,
+        what=f"{model.active_peft_config.peft_type.value} adapter" if adapted else "All weights",
+        base=base,
+        data=trainer.data_names,
+        results="\n".join(measured) or "No evaluation was asked for.",
+        loading=(CHATGLM if type(inner).__module__.startswith("chatglm.") else "") + loading,
+        learning_rate=args.learning_rate,
+        schedule=args.lr_scheduler_type.value,
+        batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        steps=trainer.state.global_step,
+        seed=args.seed,
+        project=provenance.project_in_words(),
+    )
+    on_hub = base == trainer.base_name and "/" in base
+    data = ModelCardData(
+        base_model=base if on_hub else None, library_name="peft" if adapted else "transformers",
+        pipeline_tag="text-generation",
+    )  # fmt: skip
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
