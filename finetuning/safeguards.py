@@ -48,20 +48,30 @@ class Safeguards:
 
         Raises SystemExit with STOPPED_EARLY after a signal, when a checkpoint is saved; OSError if the disk is full.
         """
+        metrics = self.trained(trainer)
+        self.save(trainer)
+        return metrics
+
+    def trained(self, trainer) -> dict:
+        """The metrics of the training; raises what `trained_and_saved` raises."""
         args = trainer.args
         self.checks.trainer = trainer
         with self.stop:
             try:
-                metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+                return trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
             except FinishedBefore:
                 trainer.is_in_train = False
-                metrics = earlier_metrics(args.output_dir)
+                return earlier_metrics(args.output_dir)
             except (OSError, RuntimeError, SafetensorError) as error:
                 hopeless = isinstance(error, HopelessRun) or not args.should_save
                 if hopeless or not self.checkpoints.remove_half_written():
                     raise
                 failed = f"{self.checkpoints.new} could not be written, and is removed: {error}"
                 raise OSError(f"{failed}\n{kept(args)}") from error
+
+    def save(self, trainer):
+        """Save the model or adapter in --output_dir, look at it, and leave no half-written file; OSError as above."""
+        args = trainer.args
         try:
             trainer.save_model()
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -70,7 +80,6 @@ class Safeguards:
             raise OSError(f"The result could not be written to {args.output_dir}: {error}\n{kept(args)}") from error
         if args.should_save:
             self.checks.check_saved(args.output_dir, trainer.model, trainer.state.global_step)
-        return metrics
 
 
 def earlier_metrics(output_dir) -> dict:
