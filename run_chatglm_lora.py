@@ -61,6 +61,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import TrainOutput
 from transformers.utils.versions import require_version
 
 
@@ -284,6 +285,11 @@ def parsed_arguments():
 def log_defaults(given) -> dict:
     """Without --logging_steps, a share of all steps between two log lines; Trainer's own 500 between evaluations."""
     return {} if "logging_steps" in given else {"logging_steps": LOGGED_SHARE, "eval_steps": 500}
+
+
+def parsed_words(parser):
+    """One instance of each argument class of the parser, from the command line."""
+    return parser.parse_args_into_dataclasses(launching.prepared_words(sys.argv[1:]))
 
 
 def parsed_file(parser, path):
@@ -958,12 +964,7 @@ def sample_count(stage, dataset, limit):
 
 
 def with_sample_counts(data_args, trainer):
-    """The arguments with numbers of samples in place of limits, which run_clm.py's lines count with; unknown: inf.
-
-    A stream of conversations is made endless only now, because those lines have cut it to its limit before.
-    """
-    if trainer.data_collator is not block_collator:
-        trainer.train_dataset = batches.repeated_stream(trainer.train_dataset)
+    """The arguments with numbers of samples in place of limits, which run_clm.py's lines count with; unknown: inf."""
     counts = {}
     for stage, dataset in {"train": trainer.train_dataset, "eval": trainer.eval_dataset}.items():
         if dataset is not None:
@@ -995,12 +996,65 @@ def answer(trainer, tokenizer, data, chat_args):
             prediction.predict(trainer, tokenizer, data[split], chat_args, padding_id(tokenizer), stage)
 
 
+def draw_losses(trainer, lora_args):
+    """The picture of a training's losses, unless --no_plot_loss."""
+    if trainer.args.do_train and lora_args.plot_loss:
+        loss_plot.draw_losses(trainer)
+
+
 def publish(trainer):
     """Push to the hub with --push_to_hub, else write the model card."""
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     else:
         trainer.create_model_card()
+
+
+# ------------------------------------------------------------------------------------- what a grafted run_clm.py calls
+
+
+def prepare_launch(model_args, data_args, lora_args, training_args):
+    """Our messages at the level of the script's, and a look at what was asked for and how it was launched."""
+    logger.setLevel(training_args.get_process_log_level())
+    preconditions.check(model_args, data_args, lora_args, training_args)
+    launching.check_launch(training_args)
+
+
+def guarded_trainer(
+    trainer_class, model_args, chat_args, lora_args, data, row_format,
+    *, model, args, train_dataset, eval_dataset=None, processing_class=None, callbacks=(), **options,
+):  # fmt: skip
+    """The Trainer with run_clm.py's arguments, where ours replace those of the same names, and its safeguards.
+
+    Callbacks of the script's own stay, before ours. A stream of conversations is made endless here, after run_clm.py's
+    lines have cut it to its limit.
+    """
+    guards = safeguards((model_args, chat_args, lora_args, args), {"train": train_dataset}, processing_class)
+    splits = {**(data if row_format else {}), "train": train_dataset, "validation": eval_dataset}
+    options |= trainer_options(model, processing_class, row_format, splits, chat_args, args, guards)
+    options["callbacks"] = [*(callbacks or ()), *options["callbacks"]]
+    train_dataset = batches.repeated_stream(train_dataset) if row_format else train_dataset
+    fixed = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
+    return trainer_class(model=model, args=args, **fixed, **options), guards
+
+
+def trained(trainer, guards, resume_from_checkpoint=None):
+    """What Trainer.train returns, of a training with safeguards."""
+    trainer.args.resume_from_checkpoint = resume_from_checkpoint
+    adapters.initialise_from_data(trainer, padding_id(trainer.processing_class))
+    self_checks.know(trainer)
+    with memory.explained(trainer, "train"):
+        metrics = guards.trained(trainer)
+    return TrainOutput(trainer.state.global_step, metrics.get("train_loss"), metrics)
+
+
+def saved(trainer, guards, model_args, row_format):
+    """Save the model or the adapter, with a record of what it was made from."""
+    guards.save(trainer)
+    record_training(trainer, trainer.processing_class, model_args, row_format)
+
+
+# ------------------------------------------------------------------------------------------------------------ main
 
 
 def main():
@@ -1028,18 +1082,15 @@ def main():
     model = adapted_model(model, lora_args, training_args)
     options = trainer_options(model, tokenizer, row_format, data, chat_args, training_args, guards)
     trainer = make_trainer(model, tokenizer, data, options, training_args)
-
     answer_while_training(trainer, tokenizer, data, chat_args)
-    trainer.base_name = model_args.model_name_or_path or f"a new {config.model_type}"
-    trainer.data_names = model_card.names_of_data(data_args, chat_args)
+    model_card.name_sources(trainer, model_args, data_args, chat_args)
 
     if training_args.do_train:
         train(trainer, guards, tokenizer, model_args, row_format, data_args.max_train_samples)
     if training_args.do_eval:
         evaluate_loss(trainer, data_args.max_eval_samples)
     answer(trainer, tokenizer, data, chat_args)
-    if training_args.do_train and lora_args.plot_loss:
-        loss_plot.draw_losses(trainer)
+    draw_losses(trainer, lora_args)
     publish(trainer)
     if training_args.do_train:
         screen.show_next_steps(training_args.output_dir, model_args.model_name_or_path)

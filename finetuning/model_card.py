@@ -74,6 +74,12 @@ class DocumentedTrainer(Trainer):
             card.save(Path(self.args.output_dir, "README.md"))
 
 
+def name_sources(trainer, model_args, data_args, chat_args):
+    """Tell the trainer what its card should say of base and data."""
+    trainer.base_name = model_args.model_name_or_path or f"a new {trainer.model.config.model_type}"
+    trainer.data_names = names_of_data(data_args, chat_args)
+
+
 def card_text(trainer, name) -> ModelCard:
     """The card of what a trainer has trained, with what all_results.json has measured."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)

@@ -50,6 +50,12 @@ class Safeguards:
         Raises SystemExit with STOPPED_EARLY after a signal, when a checkpoint is saved; OSError if the disk is full;
         ValueError where no step is made.
         """
+        metrics = self.trained(trainer)
+        self.save(trainer)
+        return metrics
+
+    def trained(self, trainer) -> dict:
+        """The metrics of the training; raises what `trained_and_saved` raises."""
         args = trainer.args
         self.checks.trainer = trainer
         if makes_no_step(trainer):
@@ -68,6 +74,11 @@ class Safeguards:
                 raise OSError(f"{failed}\n{kept(args)}") from error
         if trainer.state.global_step == 0:
             raise nothing_trained(trainer)
+        return metrics
+
+    def save(self, trainer):
+        """Save the model or adapter in --output_dir, look at it, and leave no half-written file; OSError as above."""
+        args = trainer.args
         try:
             trainer.save_model()
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -76,7 +87,6 @@ class Safeguards:
             raise OSError(f"The result could not be written to {args.output_dir}: {error}\n{kept(args)}") from error
         if args.should_save:
             self.checks.check_saved(args.output_dir, trainer.model, trainer.state.global_step)
-        return metrics
 
 
 def makes_no_step(trainer) -> bool:
