@@ -159,8 +159,8 @@ EXPLAINED = [
 ERRORS = {
     "arguments: config_name config_overrides model_name_or_path": ("ModelArguments", ""),
     "arguments: dataset_name train_file validation_file": ("raw_datasets", "Arguments"),
-    "arguments: extension train_file": ("file_builder", "Arguments"),
-    "arguments: extension validation_file": ("file_builder", "Arguments"),
+    "arguments: extension train_file": ("check_types", "Arguments"),
+    "arguments: extension validation_file": ("check_types", "Arguments"),
     "arguments: token": ("", "Dropped upstream"),
     "last checkpoint: last_checkpoint output_dir": ("", "Dropped upstream"),
     "data: validation_percentage": ("train_and_validation", "Data"),
