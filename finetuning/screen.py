@@ -64,7 +64,12 @@ def set_up_logging(training_args):
     handler.setFormatter(Brief() if brief else full)
     logging.basicConfig(handlers=[handler])
     logger.setLevel(logging.INFO if brief else level)
-    set_up_libraries(level, brief)
+    transformers.utils.logging.set_verbosity(level)
+    datasets.utils.logging.set_verbosity(level)
+    datasets.utils.logging.disable_propagation()  # it has a handler of its own
+    transformers.utils.logging.enable_default_handler()
+    if not brief:
+        transformers.utils.logging.enable_explicit_format()
     hide_harmless()
     if replica:
         transformers.utils.logging.disable_progress_bar()
@@ -74,16 +79,6 @@ def set_up_logging(training_args):
         logger.warning(sentence)
     if not brief:
         logger.info(f"Training arguments: {training_args}")
-
-
-def set_up_libraries(level, brief):
-    """One level for datasets and transformers, and one handler for each message."""
-    transformers.utils.logging.set_verbosity(level)
-    datasets.utils.logging.set_verbosity(level)
-    datasets.utils.logging.disable_propagation()  # it has a handler of its own
-    transformers.utils.logging.enable_default_handler()
-    if not brief:
-        transformers.utils.logging.enable_explicit_format()
 
 
 class Brief(logging.Formatter):
