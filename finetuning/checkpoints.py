@@ -54,9 +54,9 @@ def run_settings(model_args, lora_args, training_args, train_data, tokenizer) ->
 
 # fmt: off
 ADAPTER_FLAGS = {
-    "use_lora", "peft_type", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save",
-    "lora_bias", "use_rslora", "use_dora", "num_virtual_tokens", "pre_seq_len", "prefix_projection", "load_in_4bit",
-    "load_in_8bit",
+    "use_lora", "peft_type", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_exclude_modules",
+    "lora_layers_to_transform", "lora_modules_to_save", "lora_bias", "use_rslora", "use_dora", "num_virtual_tokens",
+    "pre_seq_len", "prefix_projection", "load_in_4bit", "load_in_8bit",
 }
 # fmt: on
 # Trainer takes these from the checkpoint, or the order of the data hangs on them: another value would go unnoticed.

@@ -87,7 +87,7 @@ STAGES = [
         "loaded_model model_class quantization_options code_revision",
         "Model",
     ),
-    Stage("adapter", "", "adapted_model adapter_config target_modules checked_modules", "Adapter"),
+    Stage("adapter", "", "adapted_model adapter_config target_options checked_modules", "Adapter"),
     Stage(
         "encoding",
         "tokenize_function tokenized_datasets text_column_name column_names tok_logger max_pos_embeddings block_size "
