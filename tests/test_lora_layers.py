@@ -50,7 +50,18 @@ def checkpoint(tmp_path_factory, tokenizer):
 @pytest.fixture
 def tuning(chats):
     """Four steps on the same batch of all rows."""
-    return ["--train_file", chats, CHAT_FLAGS, "--do_train", "--max_steps", 4, "--per_device_train_batch_size", 16]
+    return [
+        "--train_file",
+        chats,
+        CHAT_FLAGS,
+        "--do_train",
+        "--max_steps",
+        4,
+        "--per_device_train_batch_size",
+        16,
+        "--max_target_length",
+        20,
+    ]
 
 
 def saved(folder):
