@@ -132,7 +132,7 @@ def type_options(kind, rank, max_steps) -> dict:
     """What one type calls by another name, or must not be told."""
     return {
         "ADALORA": {"r": 8, "target_r": rank, "init_r": rank * 3 // 2, "total_step": max_steps},  # r is not used
-        "OFT": {"r": 0},  # a number of blocks there, and instead of their size
+        "OFT": {"oft_block_size": 0},  # which follows from the number of blocks, r
     }.get(kind, {})
 
 
@@ -140,9 +140,7 @@ def target_options(model, lora_args, accepted) -> dict:
     """target_modules, exclude_modules and target_parameters for PEFT, as --lora_target_modules and the like ask."""
     if "target_modules" not in accepted:
         if flags := [f"--{name}" for name in LAYER_FLAGS if getattr(lora_args, name)]:
-            raise ValueError(
-                f"{flags[0]}: {lora_args.peft_type} has no layers to choose, or --peft_config names them."
-            )
+            raise ValueError(f"{flags[0]}: --peft_config {lora_args.peft_config} names the layers already.")
         return {}
     flag, excluded = lora_args.lora_target_modules, excluded_modules(model, lora_args.lora_exclude_modules)
     if flag is None:

@@ -119,7 +119,10 @@ def test_layers_are_chosen_by_number_and_left_out_by_name(run, tuning, llama):
             "--lora_exclude_modules: the model has no layer 'o_prj'. Did you mean 'o_proj'",
         ),
         (["--lora_exclude_modules", "(nothing)"], "--lora_exclude_modules: no module has a name like"),
-        (["--peft_type", "P_TUNING", "--lora_target_modules", "q_proj"], "P_TUNING has no layers to choose"),
+        (
+            ["--peft_type", "P_TUNING", "--lora_target_modules", "q_proj"],
+            "--lora_target_modules says nothing to --peft_type P_TUNING",
+        ),
         (["--peft_type", "ADALORA", "--max_steps", "-1"], "ADALORA plans its ranks .*: pass --max_steps"),
         (["--peft_type", "TRAINABLE_TOKENS"], "TRAINABLE_TOKENS needs token_indices: set them in a file"),
         (["--peft_type", "POLY"], "POLY trains with a task id for each row"),
