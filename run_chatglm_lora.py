@@ -33,9 +33,8 @@ import inspect
 import json
 import logging
 import math
-import re
 import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -47,7 +46,6 @@ import transformers
 from datasets import IterableDataset, IterableDatasetDict, load_dataset
 from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -77,6 +75,7 @@ try:
         flags,
         label_smoothing,
         launching,
+        lora_layers,
         loss_plot,
         memory,
         mistakes,
@@ -234,15 +233,18 @@ class LoraArguments:
 
     use_lora: bool = argument(True, "Train an adapter; --no_use_lora trains all weights, as run_clm.py does.")
     peft_type: str = argument("LORA", "LORA, PREFIX_TUNING (P-Tuning v2), or another method of PEFT.")
+    peft_config: str | None = argument(None, "JSON file with fields of PEFT's configuration; they override the flags.")
     adapter_name_or_path: str | None = argument(None, "Adapter to go on training, evaluate or predict with.")
     lora_r: int = argument(8, "Rank.")
     lora_alpha: int = argument(32, "Scale: updates are multiplied by alpha / r.")
     lora_dropout: float = argument(0.1, "Dropout before the adapter.")
     lora_target_modules: str | None = argument(
         None,
-        "Adapted layers: names with commas, all-linear, or a regular expression. "
-        "Default: PEFT's table (query_key_value for ChatGLM), all-linear for models that it does not list.",
+        "Adapted layers: names with commas, all-linear, or a regular expression. Default: PEFT's table "
+        "(query_key_value for ChatGLM), all linear ones but experts for models that it does not list.",
     )
+    lora_exclude_modules: str | None = argument(None, "Layers left out: names with commas, or a regular expression.")
+    lora_layers_to_transform: str | None = argument(None, "Numbers of the adapted layers, with commas; default: all.")
     lora_modules_to_save: str | None = argument(None, "Layers trained and saved whole: names with commas.")
     lora_bias: str = argument("none", "Which biases are trained too.", choices=["none", "all", "lora_only"])
     use_rslora: bool = argument(False, "Scale by alpha / sqrt(r) instead.")
@@ -813,7 +815,8 @@ def adapted_model(model, lora_args, training_args):
     if lora_args.adapter_name_or_path:
         model = adapters.opened_adapter(model, lora_args.adapter_name_or_path, training_args.do_train)
     else:
-        model = peft.get_peft_model(model, adapter_config(model, lora_args))
+        config = lora_layers.adapter_config(model, lora_args, training_args.max_steps)
+        model = lora_layers.adapted(model, config)
     model = prediction.with_cache_for_peft(model)
     if training_args.do_train and model.active_peft_config.is_prompt_learning and is_deepspeed_zero3_enabled():
         raise ValueError(
@@ -823,52 +826,6 @@ def adapted_model(model, lora_args, training_args):
     trainable, total = model.get_nb_trainable_parameters()
     logger.info(f"Trainable parameters: {trainable:,} of {total:,} ({trainable / total:.3%})")
     return model
-
-
-def adapter_config(model, lora_args):
-    """The PEFT configuration of --peft_type, given those of our flags that it has a field for."""
-    config_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[lora_args.peft_type]
-    init = {"true": True, "false": False}.get(lora_args.init_lora_weights.lower(), lora_args.init_lora_weights)
-    options = {
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.name_or_path,
-        "r": lora_args.lora_r,
-        "lora_alpha": lora_args.lora_alpha,
-        "lora_dropout": lora_args.lora_dropout,
-        "target_modules": target_modules(model, lora_args),
-        "modules_to_save": checked_modules(model, lora_args.lora_modules_to_save, "--lora_modules_to_save"),
-        "bias": lora_args.lora_bias,
-        "use_rslora": lora_args.use_rslora,
-        "use_dora": lora_args.use_dora,
-        "init_lora_weights": init,
-        "eva_config": peft.EvaConfig(rho=1.0) if init == "eva" else None,  # --lora_r in every layer: rho 2 moves ranks
-        "num_virtual_tokens": lora_args.num_virtual_tokens,
-        "prefix_projection": lora_args.prefix_projection,
-    }
-    accepted = {f.name for f in fields(config_class) if f.init}
-    return config_class(**{name: value for name, value in options.items() if name in accepted})
-
-
-def target_modules(model, lora_args):
-    """--lora_target_modules as PEFT takes it: a list of names, all-linear or a regular expression; None: its table."""
-    flag = lora_args.lora_target_modules
-    if flag is None and lora_args.peft_type == "LORA" and model.config.model_type not in LORA_TARGETS:
-        logger.info(f"PEFT lists no layers for {model.config.model_type}: LoRA goes into all linear ones.")
-        return "all-linear"
-    if flag is None or flag == "all-linear" or not re.fullmatch(r"[\w.,-]+", flag):
-        return flag
-    return checked_modules(model, flag, "--lora_target_modules")
-
-
-def checked_modules(model, flag_value, flag) -> list[str] | None:
-    """Names with commas as a list. PEFT passes over a name that no module has; here it is a ValueError."""
-    names = flag_value.split(",") if flag_value else None
-    modules = [name for name, _ in model.named_modules()]
-    for name in names or []:
-        if not any(module == name or module.endswith("." + name) for module in modules):
-            known = sorted({module.rpartition(".")[2] for module in modules} - {""})
-            raise ValueError(f"{flag}: the model has no layer '{name}'. {mistakes.way_out(name, known)}")
-    return names
 
 
 # ------------------------------------------------------------------------------------------------------- the stages
@@ -895,6 +852,8 @@ def trainer_options(model, tokenizer, row_format, data, chat_args, training_args
     if chat_args.self_check:
         tried = (collator if row_format else None, data, chat_args, padding_id(tokenizer))
         callbacks = [*callbacks, self_checks.SelfChecks(*tried, is_pretrained=bool(model.name_or_path))]
+    if getattr(model, "peft_type", None) == "ADALORA":
+        callbacks = [*callbacks, lora_layers.RankAllocation()]
     return {
         "data_collator": guards.shielded(collator) if guards else collator,
         "callbacks": [

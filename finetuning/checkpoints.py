@@ -71,9 +71,9 @@ def flag_values(training_args, names) -> dict:
 
 # fmt: off
 ADAPTER_FLAGS = {
-    "use_lora", "peft_type", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save",
-    "lora_bias", "use_rslora", "use_dora", "init_lora_weights", "num_virtual_tokens", "pre_seq_len",
-    "prefix_projection", "load_in_4bit", "load_in_8bit",
+    "use_lora", "peft_type", "peft_config", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules",
+    "lora_exclude_modules", "lora_layers_to_transform", "lora_modules_to_save", "lora_bias", "use_rslora", "use_dora",
+    "init_lora_weights", "num_virtual_tokens", "pre_seq_len", "prefix_projection", "load_in_4bit", "load_in_8bit",
 }
 # Each field of TrainingArguments stands in one of three tables; tests/test_checkpoints.py sees to it.
 #

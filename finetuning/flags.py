@@ -108,6 +108,8 @@ PEFT_FIELDS = {
     "lora_alpha": "lora_alpha",
     "lora_dropout": "lora_dropout",
     "lora_target_modules": "target_modules",
+    "lora_exclude_modules": "exclude_modules",
+    "lora_layers_to_transform": "target_modules",
     "lora_modules_to_save": "modules_to_save",
     "lora_bias": "bias",
     "use_rslora": "use_rslora",
@@ -198,10 +200,12 @@ def check_contradictions(given, args):
     check_both_ways(given)
     if not hasattr(args, "peft_type"):
         return
-    adapter = [name for name in (*PEFT_FIELDS, "prefix_projection", "adapter_name_or_path") if name in given]
+    adapter = [
+        name for name in (*PEFT_FIELDS, "peft_config", "prefix_projection", "adapter_name_or_path") if name in given
+    ]
     if not args.use_lora and not args.pre_seq_len and adapter:
         raise ValueError(f"--no_use_lora trains all weights and no adapter: drop it, or --{adapter[0]}.")
-    shape = [name for name in (*PEFT_FIELDS, "peft_type") if name in given]
+    shape = [name for name in (*PEFT_FIELDS, "peft_config", "peft_type") if name in given]
     if args.adapter_name_or_path and shape:
         raise ValueError(
             f"--adapter_name_or_path goes on with an adapter, whose settings stand in its folder: drop --{shape[0]}, "

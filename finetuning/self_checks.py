@@ -188,7 +188,8 @@ class Probe:
     def logits(self, batch) -> torch.Tensor:
         """Logits [T, V] of the tokens of a batch that have a label, in float32.
 
-        Raises SelfCheckFailed if the model's loss is not their cross entropy; a mixture of experts may add to it.
+        Raises SelfCheckFailed if the model's loss is not their cross entropy; a mixture of experts and AdaLoRA may
+        add to it.
         """
         output = self.forward(batch)
         targets = batch["labels"][:, 1:].to(output.logits.device)
@@ -196,7 +197,8 @@ class Probe:
         logits = output.logits[:, -targets.shape[1] - 1 : -1][trained].float()  # without a prompt's virtual tokens
         loss, given = cross_entropy(logits, targets[trained]).item(), output.loss.item()
         rounding = max(LEAST, ROUNDING * torch.finfo(output.loss.dtype).eps)
-        if getattr(output, "aux_loss", None) is None and not abs(given - loss) <= rounding * loss:
+        added = getattr(output, "aux_loss", None) is not None or getattr(self.model, "peft_type", None) == "ADALORA"
+        if not added and not abs(given - loss) <= rounding * loss:
             raise SelfCheckFailed(
                 f"{self.name}: the loss that the model gives, {given:.4f}, is not that of the next token, {loss:.4f}: "
                 "it cannot be trained with this script."

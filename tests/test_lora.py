@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import chatglm  # noqa: F401
 import run_chatglm_lora
-from run_chatglm_lora import LoraArguments, adapter_config, checked_modules, target_modules
+from finetuning.lora_layers import adapter_config, checked_modules
+from run_chatglm_lora import LoraArguments
 
 
 ATTENTION = ("query_key_value", "dense")
@@ -66,13 +67,6 @@ def test_targets_are_names_a_regular_expression_or_all_linear(chatglm3, value, l
     config = adapter_config(model, LoraArguments(lora_target_modules=value))
     names = [name for name, _ in peft.get_peft_model(model, config).named_parameters() if "lora_A" in name]
     assert {name.split("layers.")[1][2:].split(".lora_A")[0] for name in names} == layers
-
-
-def test_model_that_peft_does_not_list_gets_lora_in_all_linear_layers(llama):
-    model = AutoModelForCausalLM.from_pretrained(llama)
-    assert target_modules(model, LoraArguments()) is None  # PEFT's own entry for llama
-    model.config.model_type = "brand_new"
-    assert target_modules(model, LoraArguments()) == "all-linear"
 
 
 @pytest.mark.parametrize("flag", ["--lora_target_modules", "--lora_modules_to_save"])

@@ -49,7 +49,7 @@ STAGES = [
         "loaded_model model_class quantization_options code_revision",
         "Model",
     ),
-    Stage("adapter", "", "adapted_model adapter_config target_modules checked_modules", "Adapter"),
+    Stage("adapter", "", "adapted_model adapter_config target_options checked_modules", "Adapter"),
     Stage(
         "encoding",
         "tokenize_function tokenized_datasets text_column_name column_names tok_logger max_pos_embeddings block_size "
@@ -142,7 +142,7 @@ ERRORS = {
     "encoding: tokenized_datasets": ("check_splits", "Data"),
 }
 # The modules of finetuning/ in which functions of the table lie.
-ROOMS = {"argument_files", "data_files", "encoding", "file_rows", "provenance", "scores", "screen"}
+ROOMS = {"argument_files", "data_files", "encoding", "file_rows", "lora_layers", "provenance", "scores", "screen"}
 # Calls that are not compared: of modules that only compute or log, and methods of plain Python objects and loggers.
 QUIET_MODULES = {"math", "itertools", "logging", "typing", "functools", "collections", "re", "pathlib"}
 QUIET_METHODS = {name for kind in (str, bytes, list, dict, set, logging.Logger) for name in dir(kind)}
