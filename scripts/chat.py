@@ -8,6 +8,7 @@ MODEL is an adapter folder, a model folder or a hub name. The prompt is the one 
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import sys
@@ -16,6 +17,9 @@ from typing import Any
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+with contextlib.suppress(ImportError):  # Windows has none, and its terminal edits lines by itself
+    import readline  # noqa: F401 - from now on input() edits lines and remembers them
 
 import torch
 import transformers
@@ -30,6 +34,8 @@ from run_chatglm_lora import padding_id
 QUESTIONS = ["你好", "Who are you?"]  # of the self-check: two lengths
 HELP = '''\
 /clear         forget the conversation
+/undo          take the last question and its answer back
+/regenerate    answer the last question again
 /system TEXT   begin anew under this system message, or under none
 /save FILE     append the conversation to FILE as one row of training data
 /exit          leave, as Ctrl-D does; Ctrl-C stops an answer
@@ -119,7 +125,10 @@ class Conversation:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def ask(self, text: str):
-        messages = [*self.messages, next_message(self.messages, text)]
+        self.answer([*self.messages, next_message(self.messages, text)])
+
+    def answer(self, messages: list[dict]):
+        """Answer a conversation that ends with a question; where that fails, the conversation stays as it was."""
         try:
             reply = printed(self.bot, messages)
         except ValueError as error:
@@ -130,6 +139,12 @@ class Conversation:
         if is_call(reply):
             print(f"(A call of {reply['metadata']}. What you write next goes back as its result.)")
 
+    def without_last_answer(self, also_question: bool) -> list[dict] | None:
+        """The conversation up to its last answer, or up to the question before it; None if nothing was answered."""
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            return None
+        return self.messages[: -2 if also_question else -1]
+
     def obey(self, command: str) -> bool:
         """Carry out a command; False if it was the last."""
         name, _, rest = command.partition(" ")
@@ -137,6 +152,15 @@ class Conversation:
         if name == "/clear":
             self.begin(self.system)
             print("(A new conversation.)")
+        elif name in ("/undo", "/regenerate"):
+            shorter = self.without_last_answer(also_question=name == "/undo")
+            if shorter is None:
+                print("(No answer yet.)")
+            elif name == "/regenerate":
+                self.answer(shorter)
+            else:
+                self.messages = shorter
+                print("(The last question and its answer are forgotten.)")
         elif name == "/system":
             self.begin(rest or None)
             print(f"(A new conversation {'under: ' + rest if rest else 'without a system message'}.)")
@@ -145,6 +169,10 @@ class Conversation:
         elif name in ("/exit", "/quit"):
             return False
         else:
+            if name != "/help":
+                print(
+                    f"(There is no command {name}. A question that begins with a slash: put a blank before it.)"
+                )
             print(HELP)
         return True
 
@@ -172,24 +200,26 @@ def entered(cue: str) -> str:
     if text.lstrip().startswith(BLOCK):
         lines = [text.lstrip().removeprefix(BLOCK)]
         while not lines[-1].rstrip().endswith(BLOCK):
-            lines.append(input("... "))
+            lines.append(input(cue and "... "))
         return "\n".join(lines).rstrip().removesuffix(BLOCK).strip("\n")
     while text.endswith("\\"):
-        text = text[:-1] + "\n" + input("... ")
+        text = text[:-1] + "\n" + input(cue and "... ")
     return text
 
 
 def converse(conversation: Conversation):
     """Questions and answers until /exit or the end of the input."""
-    print("A line is a question; /help lists the commands.")
+    typed = sys.stdin.isatty()  # where questions come from a file or a pipe, the output is the answers alone
+    if typed:
+        print("A line is a question; /help lists the commands.")
     while True:
         try:
-            text = entered("\n> ")
+            text = entered("\n> " if typed else "")
         except KeyboardInterrupt:
             print("\n(/exit or Ctrl-D leaves.)")
             continue
         except EOFError:
-            print()
+            print("\n" * typed, end="")
             return
         if text.startswith("/"):
             if not conversation.obey(text):

@@ -131,8 +131,21 @@ def test_conversation_is_saved_as_a_training_row(chatglm3, run_chat, asked, tmp_
     assert "No answer yet" in output and "name the file" in output and "Not saved: [Errno 2]" in output
 
 
-def test_help_is_shown_for_unknown_commands(chatglm3, run_chat, asked):
-    assert chat.HELP in run_chat(chatglm3, typed="/what\n").out and asked == []
+def test_unknown_command_is_named_with_those_that_there_are(chatglm3, run_chat, asked):
+    output = run_chat(chatglm3, typed="/what is this\n/help\n").out
+    assert output == f"{output.splitlines()[0]}\n{chat.HELP}\n{chat.HELP}\n" and "no command /what." in output
+    assert asked == []
+
+
+def test_questions_from_a_pipe_give_the_answers_alone(chatglm3, run_chat, asked):
+    assert run_chat(chatglm3, typed="one\ntwo\n").out == "answer 1\nanswer 2\n"
+
+
+def test_undo_takes_a_turn_back_and_regenerate_answers_again(chatglm3, run_chat, asked):
+    output = run_chat(chatglm3, typed="/undo\none\ntwo\n/undo\nthree\n/regenerate\n/regenerate\n").out
+    first = [("user", "one"), ("assistant", "answer 1")]
+    assert asked[1:] == [[*first, ("user", "two")], *[[*first, ("user", "three")]] * 3]
+    assert output.startswith("(No answer yet.)\n")
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(llama, run_chat, monkeypatch):
