@@ -23,6 +23,20 @@ NAMES = {  # parts of parameter names
 }
 FUSED, SPLIT = "self_attention.query_key_value", [f"self_attn.{part}_proj" for part in "qkv"]
 COMPUTED = "rotary_pos_emb.inv_freq"
+# Before any template. An answer begins with the newline and the blank that follow its role in the prompt; servers hand
+# it back in the history as it came, and untrimmed it would stand there with two of each, as in no training example.
+TRIMMED_ANSWERS = """\
+{%- set given = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' and message['content'] is string and not message['tool_calls'] -%}
+{%- set answer = {'role': 'assistant', 'content': message['content'] | trim, 'metadata': message['metadata']} -%}
+{%- set given.messages = given.messages + [answer] -%}
+{%- else -%}
+{%- set given.messages = given.messages + [message] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = given.messages -%}
+"""
 EXPRESSED_ONLY = {  # what the native class computes: the only value that it can take over
     "rmsnorm": True,
     "post_layer_norm": True,
@@ -93,7 +107,7 @@ def split_rows(fused: torch.Tensor, config: ChatGLMConfig) -> list[torch.Tensor]
 def native_tokenizer(tokenizer: PartsTokenizer) -> PreTrainedTokenizerFast:
     """The library's plain fast tokenizer with the same vocabulary, prompts and special tokens.
 
-    Unlike ours it finds special tokens that are written out in a message.
+    Unlike ours it finds special tokens that are written out in a message, and its template trims answers.
     """
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
@@ -103,7 +117,7 @@ def native_tokenizer(tokenizer: PartsTokenizer) -> PreTrainedTokenizerFast:
         eos_token=tokenizer.eos_token,
         pad_token=tokenizer.pad_token,
         unk_token=tokenizer.unk_token,
-        chat_template=tokenizer.chat_template,
+        chat_template=TRIMMED_ANSWERS + tokenizer.chat_template,
         model_max_length=tokenizer.model_max_length,
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import peft
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -45,8 +45,25 @@ def local_folder(name: str, revision: str | None = None) -> Path:
 
 
 def adapter_config(folder: Path) -> peft.PeftConfig | None:
-    """The configuration of the adapter in a folder; None if the folder holds none."""
-    return peft.PeftConfig.from_pretrained(str(folder)) if (folder / "adapter_config.json").is_file() else None
+    """The configuration of the adapter in a folder; None if the folder holds none.
+
+    Raises ValueError if the weights beside it are cut short.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        return None
+    check_whole(folder / peft.utils.SAFETENSORS_WEIGHTS_NAME)
+    return peft.PeftConfig.from_pretrained(str(folder))
+
+
+def check_whole(path: Path):
+    """Raise a ValueError if a safetensors file is shorter than its header says; its numbers are not read."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except FileNotFoundError:  # a .bin file, or a later error that names what is missing
+        return
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or was cut short ({error}): copy it again.") from error
 
 
 def adapter_folder(name: str) -> Path | None:
@@ -170,17 +187,16 @@ def base_content(name: str, revision: str | None = None) -> dict | None:
 def weights_hash(folder: Path) -> str | None:
     """The same for weights that were moved, put into other files or another floating point type."""
     places, digest = {}, sha256()
-    for path in sorted(folder.glob("model*.safetensors")):
+    for path in folder.glob("model*.safetensors"):
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                places[name] = path
-                digest.update(f"{name} {file.get_slice(name).get_shape()}".encode())
+            places |= dict.fromkeys(file.keys(), path)
     names = sorted(places)
+    digest.update(" ".join(names).encode())
     for name in names[:: max(1, len(names) // SAMPLED_TENSORS)]:
         with safe_open(places[name], "pt") as file:
             weights = file.get_slice(name)
             start = weights[:1] if weights.get_shape() else file.get_tensor(name)
-            digest.update(start.float().numpy().tobytes())
+            digest.update(f"{weights.get_shape()}".encode() + start.bfloat16().float().numpy().tobytes())
     return digest.hexdigest() if names else None
 
 

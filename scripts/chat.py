@@ -170,9 +170,7 @@ class Conversation:
             return False
         else:
             if name != "/help":
-                print(
-                    f"(There is no command {name}. A question that begins with a slash: put a blank before it.)"
-                )
+                print(f"(There is no command {name}. A question that begins with a slash: put a blank before it.)")
             print(HELP)
         return True
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import psutil
 import transformers
 from comparing import compared
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -113,6 +114,8 @@ def write_published(merge: Merge, folder: Path):
     same = (own.chat_template, len(own)) == (merge.tokenizer.chat_template, len(merge.tokenizer))
     copy_files(merge.base_folder if same else merge.adapter_folder, folder, TOKENIZER_FILES)
     copy_files(merge.base_folder, folder, KEPT_FILES)
+    if merge.tokenizer.chat_template:  # published folders have none, and engines then make up a prompt of their own
+        (folder / "chat_template.jinja").write_text(merge.tokenizer.chat_template, encoding="utf-8")
 
 
 def copy_files(source: Path, folder: Path, patterns: list[str]):
@@ -146,6 +149,7 @@ def unfinished(out: Path) -> Iterator[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already: name another folder, or remove it.")
     out.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(out)
     folder = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped; nothing was written."))
     try:
@@ -155,6 +159,15 @@ def unfinished(out: Path) -> Iterator[Path]:
     finally:
         signal.signal(signal.SIGTERM, handler)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_abandoned(out: Path):
+    """Remove what a merge into `out` left that was killed; ValueError if one is at work."""
+    for folder in out.parent.glob(f".{out.name}.unfinished-*"):
+        if psutil.pid_exists(process := int(folder.name.rpartition("-")[2])):
+            raise ValueError(f"process {process} is writing {out}: wait for it, or name another folder.")
+        print(f"Removing {folder}, which a merge left that was killed.", flush=True)
+        shutil.rmtree(folder)
 
 
 def main():

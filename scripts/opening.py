@@ -8,7 +8,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 import chatglm  # noqa: F401 - makes ChatGLM known
-from finetuning.adapters import adapter_folder, base_of
+from finetuning.adapters import adapter_config, adapter_folder, base_of
 from finetuning.prediction import with_cache_for_peft
 from run_chatglm_lora import ModelArguments, hub_options, loaded_config, loaded_tokenizer, model_class
 
@@ -43,7 +43,9 @@ def opened(
     ValueError or OSError where something is missing or does not fit.
     """
     folder = adapter_folder(name)
-    if folder is None and base_model:
+    if folder:
+        adapter_config(folder)  # which also looks whether the weights are whole
+    elif base_model:
         raise ValueError(f"{name} is no adapter (it has no adapter_config.json): --base_model is for adapters.")
     base, revision = base_of(folder, base_model) if folder else (name, "main")
     arguments = ModelArguments(base, model_revision=revision, trust_remote_code=trust_remote_code)

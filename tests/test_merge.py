@@ -328,9 +328,17 @@ def prefix(chatglm3, tmp_path):
     return tmp_path / "adapter"
 
 
+def cut_short(base, folder):
+    adapter = Path(write_adapter(base, folder / "cut"))
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return str(adapter)
+
+
 @pytest.mark.parametrize(
     "adapter, sentence",
     [
+        (cut_short, "cut/adapter_model.safetensors is damaged or was cut short .*: copy it again"),
         (lambda base, _: base, "is not an adapter: there is no adapter_config.json in it"),
         (lambda *_: "nowhere", "nowhere is neither a folder nor found on the hub or in its cache"),
         (prefix, "is PREFIX_TUNING, which adds to the model's input: only LoRA can be merged"),
@@ -347,6 +355,42 @@ def test_mistakes_get_a_sentence(adapter, sentence, chatglm3, merge, tmp_path):
     with pytest.raises(SystemExit, match=sentence):
         merge(adapter(chatglm3, tmp_path))
     assert leftovers(tmp_path) == []
+
+
+def test_next_merge_removes_what_a_killed_one_left(chatglm3, merge, tmp_path):
+    (tmp_path / ".merged.unfinished-999999999").mkdir()
+    folder, output = merge(write_adapter(chatglm3, tmp_path / "adapter"))
+    assert "Removing" in output and leftovers(tmp_path) == [] and (folder / "model.safetensors").is_file()
+
+
+def test_merge_into_a_folder_that_another_process_writes_is_refused(chatglm3, merge, tmp_path):
+    (tmp_path / f".merged.unfinished-{os.getppid()}").mkdir()
+    with pytest.raises(SystemExit, match=f"process {os.getppid()} is writing .*merged: wait for it"):
+        merge(write_adapter(chatglm3, tmp_path / "adapter"))
+    assert (tmp_path / f".merged.unfinished-{os.getppid()}").is_dir()
+
+
+@pytest.mark.parametrize("generation", ["chatglm2", "chatglm3", "glm4"])
+def test_exported_template_takes_answers_back_as_they_were_generated(generation, checkpoint, merge, tmp_path):
+    adapter = write_adapter(checkpoint(generation), tmp_path / "adapter")
+    folder, _ = merge(adapter, "--format", "native")
+    ours, stock = AutoTokenizer.from_pretrained(checkpoint(generation)), AutoTokenizer.from_pretrained(folder)
+    talk = [{"role": role, "content": text} for role, text in (("user", "一"), ("assistant", "二"), ("user", "三"))]
+    came_back = [talk[0], {"role": "assistant", "content": "\n 二"}, talk[2]]
+    prompts = [
+        tokenizer.apply_chat_template(talk, add_generation_prompt=True)["input_ids"] for tokenizer in (ours, stock)
+    ]
+    prompts.append(stock.apply_chat_template(came_back, add_generation_prompt=True)["input_ids"])
+    assert prompts[0] == prompts[1] == prompts[2]
+
+
+@pytest.mark.parametrize("generation", ["chatglm", "chatglm2", "chatglm3"])
+def test_published_merge_brings_the_template(generation, checkpoint, merge, tmp_path):
+    base = checkpoint(generation)
+    folder, _ = merge(write_adapter(base, tmp_path / "adapter"))
+    assert (folder / "chat_template.jinja").read_text(encoding="utf-8") == AutoTokenizer.from_pretrained(
+        base
+    ).chat_template
 
 
 def test_existing_folder_is_left_as_it_is(chatglm3, merge, tmp_path):
