@@ -1007,8 +1007,8 @@ def guarded_trainer(
 ):  # fmt: skip
     """The Trainer with run_clm.py's arguments, where ours replace those of the same names, and its safeguards.
 
-    Callbacks of the script's own stay, before ours. A stream of conversations, which run_clm.py's lines have cut to its
-    limit, is made endless.
+    Callbacks of the script's own stay, before ours. A stream of conversations is made endless only now, because
+    run_clm.py's lines have cut it to its limit before.
     """
     guards = safeguards((model_args, lora_args, args), {"train": train_dataset}, processing_class)
     splits = {**(data if row_format else {}), "train": train_dataset, "validation": eval_dataset}
