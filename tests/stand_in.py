@@ -14,6 +14,11 @@ SHAPES = (
 )  # fmt: skip
 
 
+def floor_before(date) -> str:
+    """The lowest version of transformers that was asked for before 29 August 2025; three of its steps."""
+    return "4.28.0.dev0" if date < 20230802 else "4.32.0.dev0" if date < 20230905 else "4.40.0.dev0"
+
+
 def stand_in(date) -> str:
     """The text of the stand-in for one date."""
     positions = "max_pos_embeddings" if date >= 20231115 else "config.max_position_embeddings"
@@ -28,7 +33,7 @@ def stand_in(date) -> str:
         .from_string(TEMPLATE.read_text(encoding="utf-8"))
         .render(
             date=date,
-            floor="4.57.0.dev0" if date >= 20250829 else "4.28.0.dev0" if date < 20230802 else "4.40.0.dev0",
+            floor="4.57.0.dev0" if date >= 20250829 else floor_before(date),
             dtype="dtype" if date >= 20250822 else "torch_dtype",
             xla="is_torch_xla_available" if date >= 20240311 else "is_torch_tpu_available",
             keys="" if date >= 20250729 else ".keys()",

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import upstream
-import upstream_facts
+from following import grafting, reading, tables
 from stand_in import NEWEST, OLDEST, SHAPES, stand_in
 from tiny import ROOT
 
@@ -31,18 +31,19 @@ def diff(tmp_path, capsys):
 def test_nothing_is_to_be_ported_from_any_shape_until_today(date, diff):
     status, table = diff(stand_in(date))
     assert status == 0 and "to port" not in table
+    assert re.search(r"\nNothing to port: \d+ facts are the same, .*\n$", table)
 
 
-def test_table_names_what_is_the_same_and_which_entry_explains_what_is_ours(diff):
+def test_table_says_which_side_has_something_alone_and_which_entry_explains_it(diff):
     _, table = diff(stand_in(NEWEST))
-    stages = re.findall(r"^(\S.*)$", table, re.M)
-    order = [stage.name for stage in upstream_facts.STAGES]
-    assert stages == sorted(stages, key=order.index) and {"data", "adapter", "trainer", "publishing"} < set(stages)
-    assert "same: AutoConfig.from_pretrained(cache_dir, revision, token, trust_remote_code)" in table
-    assert "ours [Model]: AutoModelForCausalLM.from_pretrained(from_tf, device_map, quantization_config)" in table
-    assert re.search(r"ours \[Arguments\]: .*--prompt_column, .*--use_lora", table)
-    assert "ours [Encoding]: " in table and "its place in main" in table
-    assert re.search(r"same: .*metric perplexity.*save_metrics eval", table)
+    stages = re.findall(r"^(\w[\w ]*)$", table, re.M)
+    order = [stage.name for stage in tables.STAGES]
+    assert stages == sorted(stages, key=order.index) and {"data", "arguments", "metrics"} < set(stages)
+    assert "    only upstream [Model]: AutoModelForCausalLM.from_pretrained(from_tf)\n" in table
+    assert re.search(r"only here \[Arguments\]: .*--prompt_column, .*--use_lora", table)
+    assert "    different [Encoding]: its place in main\n" in table
+    assert "    different [Versions]: transformers>=4.57.0.dev0 (here: 5.17), datasets" in table
+    assert "ours" not in table and "same:" not in table
 
 
 @pytest.mark.parametrize(
@@ -56,11 +57,11 @@ def test_table_names_what_is_the_same_and_which_entry_explains_what_is_ours(diff
         (
             '| None = field(default=5, metadata={"help": "held',
             '| None = field(default=10, metadata={"help": "held',
-            "--validation_split_percentage is now int, 10 (ours: int, 5)",
+            "--validation_split_percentage is int, 10 upstream (here: int, 5)",
         ),
-        ('"float16", "float32"]', '"float16", "float32", "float8"]', "--dtype is now str, None, one of"),
-        ("block_size: int", "block_size: float", "--block_size is now float, None (ours: int, None)"),
-        ('check_min_version("4.57.0.dev0")', 'check_min_version("5.40.0")', "transformers>=5.40.0 (ours: 5.17)"),
+        ('"float16", "float32"]', '"float16", "float32", "float8"]', "--dtype is str, None, one of"),
+        ("block_size: int", "block_size: float", "--block_size is float, None upstream (here: int, None)"),
+        ('check_min_version("4.57.0.dev0")', 'check_min_version("5.40.0")', "transformers>=5.40.0 (here: 5.17)"),
         ('"use_fast": ', '"gguf_file": None,\n        "use_fast": ', "AutoTokenizer.from_pretrained(gguf_file)"),
         (
             "trainer.save_state()",
@@ -74,13 +75,33 @@ def test_table_names_what_is_the_same_and_which_entry_explains_what_is_ours(diff
             "TypeError over bf16 fp16",
         ),
         ("    set_seed(", "    datasets.disable_caching()\n    set_seed(", "datasets.disable_caching"),
+        (
+            "    set_seed(",
+            "    torch.use_deterministic_algorithms(True)\n    set_seed(",
+            "torch.use_deterministic_algorithms",
+        ),
+        (
+            "import evaluate\n",
+            "import evaluate\nfrom accelerate import Accelerator\nA = Accelerator()\n",
+            "Accelerator",
+        ),
+        ("    set_seed(", "    training_args.bf16 = True\n    set_seed(", "training_args.bf16 = ..."),
+        ("    set_seed(", "    setattr(training_args, 'bf16', True)\n    set_seed(", "setattr"),
+        ("    set_seed(", '    os.environ["A"] = "1"\n    set_seed(', "os.environ['A'] = ..."),
+        ("logger = logging", "torch.backends.cuda.matmul.allow_tf32 = True\nlogger = logging", "torch.backends.cuda"),
+        ("def main():", "def helper():\n    torch.compile(1)\n\n\ndef main():", "torch.compile"),
+        ("def main():\n", "def helper():\n    pass\n\n\ndef main():\n    helper()\n", "def helper"),
+        ("trainer = Trainer(", "trainer = transformers.Seq2SeqTrainer(", "transformers.Seq2SeqTrainer"),
+        ("def main():\n", "class Mine(Trainer):\n    pass\n\n\ndef main():\n    Mine\n", "class Mine(Trainer)"),
+        ("    overwrite_cache: bool", "    anew: bool", "--overwrite_cache is gone upstream"),
     ],
 )
 def test_what_only_upstream_has_is_to_be_ported(old, new, row, diff):
     text = stand_in(NEWEST)
     assert text.count(old) == 1
     status, table = diff(text.replace(old, new))
-    assert status == 1 and re.search(r"upstream only: to port: .*" + re.escape(row), table)
+    assert status == 1 and re.search(r"to port: .*" + re.escape(row), table)
+    assert re.search(r"\nTo port: \d+, at [a-z, ]+\.\n$", table)
 
 
 def test_stage_that_upstream_moves_is_to_be_ported(diff):
@@ -88,7 +109,7 @@ def test_stage_that_upstream_moves_is_to_be_ported(diff):
     seed = "    # Seed of all that follows.\n    set_seed(training_args.seed)\n"
     moved = text.replace(seed, "").replace("    # The Trainer\n", seed + "    # The Trainer\n")
     status, table = diff(moved)
-    assert status == 1 and "seed\n    upstream only: to port: its place in main" in table
+    assert status == 1 and "seed\n    to port: its place in main" in table
 
 
 def test_two_versions_are_compared_by_stage_with_our_functions(diff):
@@ -114,20 +135,20 @@ def test_words_and_layout_are_no_change_between_versions(diff):
 
 
 def test_every_function_that_the_table_of_stages_names_is_there():
-    tree = upstream_facts.parsed(ROOT / "run_chatglm_lora.py")
+    tree = reading.parsed(ROOT / "run_chatglm_lora.py")
     defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    assert set(upstream_facts.STAGE_OF_FUNCTION) - defined == {"split_streaming_dataset"}
-    assert {function for function, _ in upstream_facts.ERRORS.values()} - defined == {""}
+    assert set(tables.STAGE_OF_FUNCTION) - defined == {"split_streaming_dataset"}
+    assert {function for function, _ in tables.ERRORS.values()} - defined == {""}
 
 
 def test_modifications_list_the_graft_points_in_the_order_of_the_graft():
     text = (ROOT / "docs/modifications.md").read_text()
     listed = re.findall(r"^\| `(\w+)` \|", text.partition("## Graft points")[2].partition("\n## ")[0], re.M)
-    assert listed == list(upstream.GRAFT_POINTS)
+    assert listed == list(grafting.GRAFT_POINTS)
 
 
 def test_every_entry_of_the_tables_is_a_section_of_modifications():
     sections = re.findall(r"^## ([\w ,]+)", (ROOT / "docs/modifications.md").read_text(), re.M)
-    entries = {stage.entry for stage in upstream_facts.STAGES} | {entry for _, _, entry in upstream_facts.EXPLAINED}
-    entries |= {entry for _, entry in upstream_facts.ERRORS.values() if entry}
+    entries = {stage.entry for stage in tables.STAGES} | {entry for _, _, entry in tables.EXPLAINED}
+    entries |= {entry for _, entry in tables.ERRORS.values() if entry}
     assert entries <= {section.strip() for section in sections}

@@ -184,15 +184,154 @@ def test_grafted_file_runs_as_a_script_with_a_file_of_arguments(grafted, run, te
     assert outcome(tmp_path / "by_file") == ours
 
 
+def renamed(**names):
+    """The newest stand-in with other names for its variables; keywords of calls keep theirs."""
+    text = stand_in(NEWEST)
+    for old, new in names.items():
+        text = re.sub(rf"(?<!\\.)\b{old}\b(?!=[^=])", new, text)
+    return text
+
+
+def changed(*changes):
+    """The newest stand-in with (old, new) texts of an owner."""
+    text = stand_in(NEWEST)
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+NAMES = {
+    "model_args": "margs", "data_args": "dargs", "training_args": "targs", "raw_datasets": "rows", "config": "conf",
+    "tokenizer": "tok", "model": "net", "trainer": "coach", "metrics": "scores", "parser": "reader",
+    "train_dataset": "train_rows", "train_result": "result",
+}  # fmt: skip
+TRAINER = "    trainer = Trainer(\n"
+PARSED = "        model_args, data_args, training_args = parser.parse_args_into_dataclasses()\n"
+YAML = """    elif sys.argv[1].endswith(".yaml"):
+        model_args, data_args, training_args = parser.parse_yaml_file(sys.argv[1])
+"""
+LOAD = "        model = AutoModelForCausalLM.from_pretrained("
+CARD = "        trainer.create_model_card(**kwargs)\n"
+LOGS = '        trainer.log_metrics("train", metrics)\n        trainer.save_metrics("train", metrics)\n'
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        (renamed(**NAMES), "    coach, guards = lora.guarded_trainer(Trainer, margs, chat_args, lora_args, rows, "),
+        (renamed(data_args="d"), "    d = lora.with_sample_counts(d, trainer)"),
+        (renamed(model_args="margs"), "        lora.saved(trainer, guards, margs, row_format)"),
+        (renamed(config="conf"), "    conf = lora.prefix_tuning.with_prefix(conf, lora_args)"),
+        (renamed(tokenizer="tok"), "    tok = lora.with_chat_template(tok, chat_args)"),
+        (renamed(metrics="numbers"), "        numbers = lora.complete(numbers)"),
+        (changed((TRAINER, TRAINER + "        callbacks=[Mine()],\n")), "        callbacks=[Mine()],"),
+        (changed(("    else:\n" + PARSED, YAML + "    else:\n" + PARSED)), "lora.parsed_file(parser, sys.argv[1])"),
+        (
+            changed(("json_file=os.path.abspath(sys.argv[1])", "sys.argv[1], allow_extra_keys=True")),
+            "lora_args, training_args = lora.parsed_file(parser, sys.argv[1])",
+        ),
+        (
+            changed(
+                ("def main():", "@dataclass\nclass Own:\n    own: int = 1\n\n\ndef main():"),
+                ("DataTrainingArguments, TrainingArguments))", "DataTrainingArguments, Own, TrainingArguments))"),
+                ("data_args, training_args = parser.parse_args", "data_args, own, training_args = parser.parse_args"),
+                ("data_args, training_args = parser.parse_json", "data_args, own, training_args = parser.parse_json"),
+            ),
+            "own, chat_args, lora_args, training_args = lora.parsed_words(parser)",
+        ),
+        (
+            changed(
+                ("def main():", "@dataclass\nclass Mine(TrainingArguments):\n    mine: int = 1\n\n\ndef main():"),
+                ("DataTrainingArguments, TrainingArguments))", "DataTrainingArguments, Mine))"),
+            ),
+            "HfArgumentParser((ModelArguments, DataTrainingArguments, *lora.ADDED_ARGUMENTS, Mine))",
+        ),
+        (
+            changed((LOAD, f"        if training_args.bf16:\n    {LOAD}'a')\n{LOAD}")),
+            "            model = lora.model_class(config).from_pretrained('a', **lora.quantization_options(",
+        ),
+        (changed((LOGS, LOGS.replace("metrics)", "scores)")), ("metrics = train_result", "scores = train_result")),
+         "        scores = lora.complete(scores)"),
+        (changed(("        data_collator=default_data_collator,\n", "")), "lora.guarded_trainer("),
+        (changed(("    # Training\n", "    trainer.own = 1\n    # Training\n")), "    trainer.own = 1"),
+        (stand_in(NEWEST).replace("    ", "\t"), "\tconfig = lora.prefix_tuning.with_prefix(config, lora_args)"),
+        ("\ufeff" + stand_in(NEWEST), "lora.launching.end_processes()"),
+        (changed((CARD, CARD + "    return 0\n")),
+         "    lora.launching.end_processes()\n    return 0"),
+    ],
+)  # fmt: skip
+def test_what_an_owner_changed_is_taken_over(text, line, tmp_path):
+    (tmp_path / "run_clm.py").write_text(text, encoding="utf-8")
+    assert graft(tmp_path / "run_clm.py", "-o", tmp_path / "out.py") == 0
+    result = (tmp_path / "out.py").read_text(encoding="utf-8")
+    compile(result.removeprefix("\ufeff"), "out.py", "exec")
+    assert line in result and result.startswith("\ufeff") == text.startswith("\ufeff")
+    assert f"\n{line}" in result or line[0] not in " \t"
+
+
+FIELD = "    keep_linebreaks: bool = field(default=True"
+CHECK = '            raise ValueError("no data")\n'
+METRIC = 'metric = evaluate.load("accuracy", cache_dir=model_args.cache_dir)'
+
+
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        ([(TRAINER, TRAINER + "        compute_loss_func=mine,\n")], "compute_loss_func="),
+        ([("data_collator=default_data_collator", "data_collator=Padder()")], "data_collator=Padder()"),
+        ([("compute_metrics=compute_metrics if", "compute_metrics=f1 if")], "compute_metrics=f1"),
+        ([(METRIC, 'metric = evaluate.load("f1")')], 'evaluate.load("f1")'),
+        ([("return metric.compute(predictions=preds, references=labels)", "return my_scores(preds, labels)")], "my_scores"),
+        ([("logits.argmax(dim=-1)", "torch.softmax(logits, -1)")], "torch.softmax"),
+        ([(CHECK, CHECK.replace("        if", "        self.suffix = self.train_file\n        if"))], "self.suffix"),
+        ([(CHECK, CHECK.replace("        if", "        check(self.train_file)\n        if"))], "check(self.train_file)"),
+        ([(FIELD, "    prompt_column: str = None\n" + FIELD)], "prompt_column"),
+        ([(FIELD, "    no_use_lora: bool = False\n" + FIELD)], "no_use_lora"),
+        ([(FIELD, '    rank: int = field(default=8, metadata={"aliases": ["--lora_r"]})\n' + FIELD)], "--lora_r"),
+        ([("    overwrite_cache: bool", "    anew: bool"), ("data_args.overwrite_cache,\n                desc=\"ids\"", "1,\n                desc=\"ids\"")],
+         "class DataTrainingArguments"),
+        ([("    # Logging\n", "    lora = 1\n    # Logging\n")], "lora = 1"),
+        ([("    # Logging\n", "    lora_args = {}\n    # Logging\n")], "lora_args = {}"),
+        ([("def main():", "def helper(guards):\n    return guards\n\n\ndef main():")], "def helper(guards)"),
+        ([("import evaluate\n", "import evaluate\nfrom peft import LoraConfig\n")], "from peft"),
+        ([("def main():", "def get_peft_model(model):\n    return model\n\n\ndef main():")], "def get_peft_model"),
+        ([("    # The Trainer\n", "    model.add_adapter(1)\n    # The Trainer\n")], "model.add_adapter"),
+        ([("config=config,", "config=config,\n            device_map='auto',")], "device_map="),
+        ([("trainer.save_model()", 'trainer.save_model("there")')], "save_model("),
+        ([("resume_from_checkpoint=checkpoint", "trial=None")], "trial=None"),
+        ([(TRAINER, "    trainer = Trainer(model)\n" + TRAINER)], "    trainer = Trainer("),
+        ([("        model=model,\n        args=training_args,", "        model,\n        training_args,")], "        model,"),
+        ([("        metrics = trainer.evaluate()\n", "        metrics = trainer.evaluate()\n        trainer.evaluate()\n")],
+         "        trainer.evaluate()"),
+        ([(PARSED, PARSED.replace("model_args, data_args, training_args", "arguments"))], "arguments = parser"),
+        ([(PARSED, PARSED.replace("model_args", "m_args"))], "m_args, data_args"),
+        ([('raise ValueError("no tokenizer")', 'print("no tokenizer")')], "lora.with_chat_template"),
+        ([("    # The Trainer\n", "    del tokenizer\n    # The Trainer\n")], "lora.answer"),
+        ([("embedding_size = model.get_input_embeddings().weight.shape[0]", "embedding_size = len(model.get_input_embeddings().weight)")],
+         "len(model.get"),
+        ([('        trainer.log_metrics("eval", metrics)', '        trainer.log_metrics("eval", dict(metrics))')], "dict(metrics)"),
+    ],
+)  # fmt: skip
+def test_what_would_break_or_be_replaced_is_refused_by_name_and_line(changes, what, tmp_path, capsys):
+    text = changed(*changes)
+    (tmp_path / "run_clm.py").write_text(text)
+    assert graft(tmp_path / "run_clm.py", "-o", tmp_path / "out.py") == 1 and not (tmp_path / "out.py").exists()
+    message = capsys.readouterr().err
+    line = int(re.match(r".*run_clm.py, line (\d+): ", message)[1])
+    assert message.endswith(". Nothing is written.\n") and message.count("\n") == 1
+    if what.startswith("lora."):  # the line at which ours would stand, and the name that is missing there
+        assert "tokenizer need not be bound here" in message
+    else:
+        assert what in text.splitlines()[line - 1]
+
+
 @pytest.mark.parametrize(
     "old, new, place",
     [
         ("HfArgumentParser((", "MyParser((", "'arguments': HfArgumentParser"),
-        (
-            "data_collator=default_data_collator",
-            "collate=default_data_collator",
-            "'trainer': data_collator= of Trainer",
-        ),
+        ("train_dataset=train_dataset if", "data=train_dataset if", None),
+        ("        args=training_args,\n", "", "'trainer': args= of Trainer"),
         ("trainer = Trainer(", "trainer = Seq2SeqTrainer(", "'trainer': trainer = Trainer"),
         ("model.resize_token_embeddings(", "model.resize(", "'adapter': model.resize_token_embeddings"),
         ("metrics = trainer.evaluate()", "metrics = {}", "'evaluation': trainer.evaluate"),
@@ -203,9 +342,86 @@ def test_place_that_is_not_found_is_named_and_nothing_is_written(old, new, place
     (tmp_path / "run_clm.py").write_text(text.replace(old, new))
     assert graft(tmp_path / "run_clm.py", "-o", tmp_path / "out.py") == 1
     message = capsys.readouterr().err
-    line = int(re.search(r"run_clm.py, line (\d+): not found from here on: the place " + re.escape(place), message)[1])
+    pattern = "data= of Trainer" if place is None else "not found from here on: the place " + re.escape(place)
+    line = int(re.search(r"run_clm.py, line (\d+): " + pattern, message)[1])
     broken = text[: text.index(old)].count("\n") + 1
     assert broken - 130 < line <= broken and not (tmp_path / "out.py").exists()
+
+
+def test_encoding_that_a_file_names_is_kept(tmp_path):
+    text = "# -*- coding: latin-1 -*-\n" + stand_in(NEWEST).replace("# Evaluation", "# Auswertung, g\u00e4nzlich")
+    (tmp_path / "run_clm.py").write_bytes(text.encode("latin-1"))
+    assert graft(tmp_path / "run_clm.py", "-o", tmp_path / "out.py") == 0
+    after = (tmp_path / "out.py").read_bytes()
+    assert "g\u00e4nzlich".encode("latin-1") in after and compile(after, "out.py", "exec")
+
+
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        (stand_in(NEWEST).replace("# Evaluation", "# \u00e4").encode("latin-1"), "line {line}: "),
+        (stand_in(NEWEST).encode("utf-16"), "line 1: "),
+        (b"# coding: nonsense\n" + stand_in(NEWEST).encode(), "unknown encoding: nonsense"),
+        (stand_in(NEWEST).replace("# Evaluation", "if:").encode(), "line {line}: this is no Python"),
+    ],
+)
+def test_file_that_python_cannot_read_is_refused_with_the_line(source, words, tmp_path, capsys):
+    line = stand_in(NEWEST)[: stand_in(NEWEST).index("# Evaluation")].count("\n") + 1
+    (tmp_path / "run_clm.py").write_bytes(source)
+    assert graft(tmp_path / "run_clm.py", "-o", tmp_path / "out.py") == 2 and not (tmp_path / "out.py").exists()
+    assert words.format(line=line) in capsys.readouterr().err
+
+
+@pytest.fixture
+def run_owned(tmp_path, monkeypatch):
+    """Runs the grafted main() of a script that its owner changed, like `run`."""
+
+    def run_script(text, *flags, output="owned"):
+        source, out = tmp_path / "run_clm.py", tmp_path / "owned.py"
+        source.write_text(text)
+        assert graft(source, "-o", out) == 0
+        spec = importlib.util.spec_from_file_location("owned", out)
+        script = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "owned", script)
+        monkeypatch.setattr(sys, "path", sys.path[:])
+        spec.loader.exec_module(script)
+        words = ["owned", *COMMON.split(), "--output_dir", str(tmp_path / output), *flat(flags)]
+        monkeypatch.setattr(sys, "argv", words)
+        script.main()
+        return tmp_path / output
+
+    return run_script
+
+
+def test_grafted_script_with_other_names_gives_what_ours_gives(run, run_owned, chat_flags):
+    assert outcome(run_owned(renamed(**NAMES), chat_flags)) == outcome(run(chat_flags))
+
+
+STOPS = """class Stops(transformers.TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1 and args.resume_from_checkpoint is None:
+            os.kill(os.getpid(), 15)
+
+
+def main():"""
+
+
+def test_grafted_script_stops_on_a_signal_and_goes_on_with_the_last_checkpoint(run, run_owned, chat_flags):
+    text = changed(("def main():", STOPS), (TRAINER, TRAINER + "        callbacks=[Stops()],\n"))
+    flags = [*chat_flags, "--resume_from_checkpoint", "last"]
+    with pytest.raises(SystemExit) as stopped:
+        run_owned(text, flags)
+    assert stopped.value.code == 75
+    folder = run_owned(text, flags)
+    ours = outcome(run(chat_flags))
+    assert outcome(folder)["weights"] == ours["weights"] and outcome(folder)["losses"] == ours["losses"]
+    assert not (folder / "training.lock").exists()
+
+
+def test_grafted_script_trains_chatglms_own_prefix(run, run_grafted, chatglm2, chats):
+    flags = ["--model_name_or_path", chatglm2, "--train_file", chats, *CHAT_FLAGS, "--do_train", "--max_steps", 2]
+    flags += ["--max_source_length", 64, "--max_target_length", 16, "--pre_seq_len", 4]
+    assert outcome(run_grafted(flags)) == outcome(run(flags))
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])

@@ -1,13 +1,14 @@
 """A run_clm.py whose parts are found by what they do, and the edits that are made to its text."""
 
 import io
+from collections import defaultdict
 from dataclasses import dataclass
 
 import libcst as cst
 import libcst.matchers as m
 from libcst.metadata import MetadataWrapper, PositionProvider
 
-from .reading import parsed, source_text
+from .reading import source_text
 
 
 class Refused(Exception):
@@ -42,36 +43,40 @@ class Script:
     """The text of a script, its syntax tree with positions, and the edits so far."""
 
     def __init__(self, path):
-        parsed(path)  # it is a run_clm.py
         self.text, self.encoding = source_text(path)
         wrapper = MetadataWrapper(cst.parse_module(self.text), unsafe_skip_copy=True)
         self.module, self.positions = wrapper.module, wrapper.resolve(PositionProvider)
         self.lines = list(io.StringIO(self.text, newline=""))  # as Python counts them, with the ends that they have
-        self.main, self.nodes, self.spans, self.edits = (
-            None,
-            [],
+        self.kinds, self.spans, self.edits = (
+            defaultdict(list),
             {},
             [],
-        )  # spans: the part of nodes that belongs to a node
-        self.collect(self.module)
+        )  # spans: the counts where a node begins and ends
+        self.main = None
+        self.collect(self.module, 0)
         self.main = self.find(self.module, m.FunctionDef(name=m.Name("main")), "the function main")
 
-    def collect(self, node):
-        start = len(self.nodes)
-        self.nodes.append(node)
+    def collect(self, node, start) -> int:
+        """Count the nodes from this one on, and sort them by kind; the number that comes next."""
+        self.kinds[type(node).__name__].append(node)
+        end = start + 1
         for child in node.children:
-            self.collect(child)
-        self.spans[node] = (start, len(self.nodes))
+            end = self.collect(child, end)
+        self.spans[node] = (start, end)
+        return end
 
     def within(self, scope, matcher) -> list:
         """The nodes in the scope that match, in the order of the text; of main, without its inner functions."""
-        start, end = self.spans[scope]
         kind = type(matcher).__name__
-        found = [node for node in self.nodes[start:end] if type(node).__name__ == kind and m.matches(node, matcher)]
+        found = [node for node in self.kinds[kind] if self.lies_in(node, scope) and m.matches(node, matcher)]
         if scope is not self.main or kind == "FunctionDef":
             return found
-        inner = [self.spans[node] for node in self.within(scope, m.FunctionDef()) if node is not scope]
-        return [node for node in found if not any(a <= self.spans[node][0] < b for a, b in inner)]
+        inner = [node for node in self.within(scope, m.FunctionDef()) if node is not scope]
+        return [node for node in found if not any(self.lies_in(node, function) for function in inner)]
+
+    def lies_in(self, node, scope) -> bool:
+        start, end = self.spans[scope]
+        return start <= self.spans[node][0] < end
 
     def line(self, node) -> int:
         return self.positions[node].start.line
@@ -97,9 +102,8 @@ class Script:
 
     def statement_of(self, node):
         """The line of code that holds a node."""
-        place = self.spans[node][0]
-        for line in self.within(self.module, m.SimpleStatementLine()):
-            if self.spans[line][0] <= place < self.spans[line][1]:
+        for line in self.kinds["SimpleStatementLine"]:
+            if self.lies_in(node, line):
                 return line
         raise Refused(self.line(node), f"{code(node)} stands in the line of another statement: give it one of its own")
 

@@ -13,7 +13,7 @@ import libcst.matchers as m
 
 from .binding import unbound
 from .editing import PlaceNotFound, Refused, Script, called, code
-from .reading import class_fields, parsed
+from .reading import class_fields, parsed, source_text
 
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -45,10 +45,10 @@ FILE_TYPES = {"csv", "json", "txt", "jsonl", "parquet"}
 class Grafting(Script):
     """A script, and the names that it has for what our lines use."""
 
-    def __init__(self, path):
+    def __init__(self, path, tree):
         super().__init__(path)
         self.names = {name: name for name in ADDED_NAMES}
-        self.tree = ast.parse(self.text)  # for questions about names, which LibCST answers in more words
+        self.tree = tree  # for questions about names, which LibCST answers in more words
 
     def lines_of(self, *lines):
         """Our lines with the script's own names."""
@@ -66,18 +66,18 @@ def calls_in(node) -> list[ast.Call]:
 # ------------------------------------------------------------------------------------------------- before any edit
 
 
-def check_free_names(script):
+def check_free_names(tree):
     """None of the names that we add may be in use."""
-    for node in ast.walk(script.tree):
+    for node in ast.walk(tree):
         name = getattr(node, "id", None) or getattr(node, "arg", None) or getattr(node, "asname", None)
         name = name or (node.name if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.alias) else None)
         if name in ADDED_NAMES and not isinstance(node, ast.keyword):
             raise Refused(node.lineno, f"the name {name} is taken, which our lines need: call it something else")
 
 
-def check_adapters(script):
+def check_adapters(tree):
     """An adapter or quantisation of the script's own would meet ours."""
-    for node in ast.walk(script.tree):
+    for node in ast.walk(tree):
         modules = [getattr(node, "module", None) or ""] if isinstance(node, ast.ImportFrom) else []
         modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if any(name.partition(".")[0] == "peft" for name in modules):
@@ -435,9 +435,11 @@ def grafted(path, folder) -> tuple[str, str, str]:
 
     Raises NotRunClm, Refused, PlaceNotFound.
     """
-    script, last = Grafting(path), 1
-    check_free_names(script)
-    check_adapters(script)
+    parsed(path)  # it is a run_clm.py
+    tree = ast.parse(source_text(path)[0])
+    check_free_names(tree)
+    check_adapters(tree)
+    script, last = Grafting(path, tree), 1
     for point, graft_point in GRAFT_POINTS.items():
         try:
             last = max(last, script.line(graft_point(script, folder)))
