@@ -22,7 +22,7 @@ SYSTEM = (
 PLAIN = SYSTEM + (
     "{% for m in messages %}{% if m.role == 'tool' %}<|observation|>\n{% else %}<|{{ m.role }}|>{% endif %}"
     "{% if m.tool_calls %}{% for c in m.tool_calls %}{{ c.function.name }}\n{{ c.function.arguments | tojson }}"
-    "{% endfor %}{% elif m.role == 'tool' %}{{ m.content }}{% else %}\n{{ m.content.split('</think>')[-1].strip() }}"
+    "{% endfor %}{% elif m.role == 'tool' %}{{ m.content }}{% else %}{{ '\n' + m.content.split('</think>')[-1].strip() }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 THINKING = SYSTEM + (
@@ -33,8 +33,8 @@ THINKING = SYSTEM + (
     "{% if '</think>' in said %}{% set thought = said.split('</think>')[0].split('<think>')[-1] %}"
     "{% set said = said.split('</think>')[-1] %}{% endif %}"
     "<think>{{ thought.strip() if loop.index0 > last.user }}</think>"
-    "{% if said.strip() %}\n{{ said.strip() }}{% endif %}"
-    "{% for c in m.tool_calls or [] %}\n<tool_call>{{ c.function.name }}\n"
+    "{% if said.strip() %}{{ '\n' + said.strip() }}{% endif %}"
+    "{% for c in m.tool_calls or [] %}{{ '\n' }}<tool_call>{{ c.function.name }}\n"
     "{% for name, value in c.function.arguments.items() %}<arg_key>{{ name }}</arg_key>\n"
     "<arg_value>{{ value }}</arg_value>\n{% endfor %}</tool_call>{% endfor %}"
     "{% elif m.role == 'tool' %}<|observation|>\n<tool_response>\n{{ m.content }}\n</tool_response>"
@@ -65,7 +65,7 @@ def glm_tokenizer(tokenizer):
         own = copy.deepcopy(tokenizer)
         own.add_special_tokens({"extra_special_tokens": TOKENS, "eos_token": "<|endoftext|>"})
         own.add_tokens(["<think>", "</think>"])
-        own.chat_template, own.model_max_length = TEMPLATES[model_type], 256
+        own.chat_template, own.model_max_length = TEMPLATES[model_type], 1024
         return own
 
     return with_template
@@ -95,8 +95,8 @@ def test_glm_trains_evaluates_answers_merges_and_chats(
 ):
     tokenizer = glm_tokenizer(model_type)
     stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>", "<|observation|>"])
-    base = write_tiny(tmp_path / "base", model_type, tokenizer, eos_token_id=stops)
-    flags = ["--model_name_or_path", base, "--max_target_length", 24, "--per_device_train_batch_size", 4]
+    base = write_tiny(tmp_path / "base", model_type, tokenizer, eos_token_id=stops, max_position_embeddings=1024)
+    flags = ["--model_name_or_path", base, "--max_target_length", 8, "--per_device_train_batch_size", 4]
     stages = [
         "--do_train",
         "--train_file",
@@ -119,7 +119,7 @@ def test_glm_trains_evaluates_answers_merges_and_chats(
         return capsys.readouterr().out
 
     said("merge_lora", folder, tmp_path / "merged")
-    question = ["--prompt", "who paints", "--max_new_tokens", 12, "--no_do_sample", "--device", "cpu"]
+    question = ["--prompt", "who paints", "--max_new_tokens", 4, "--no_do_sample", "--device", "cpu"]
     capsys.readouterr()
     assert said("chat", folder, *question) == said("chat", tmp_path / "merged", *question)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == TEMPLATES[model_type]
@@ -151,6 +151,6 @@ def test_thoughts_and_calls_are_trained_as_the_template_writes_them(
     """GLM-4.5 shows the thoughts behind the last question only: each answer is trained behind its own prompt."""
     trained, tokenizer = [], glm_tokenizer(model_type)
     monkeypatch.setattr(run_chatglm_lora, "publish", lambda trainer, *args: trained.extend(trainer.train_dataset))
-    base = write_tiny(tmp_path / "base", model_type, tokenizer)
+    base = write_tiny(tmp_path / "base", model_type, tokenizer, max_position_embeddings=1024)
     run("--model_name_or_path", base, "--train_file", rows, "--do_train", "--max_steps", 1)
     assert [trained_text(tokenizer, row["labels"]) for row in trained] == TRAINED[model_type]

@@ -93,7 +93,7 @@ def test_experts_are_trained_when_named_and_without_dropout(run, tuning, checkpo
     assert losses(folder)[-1] < losses(folder)[0]
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "falcon_h1", "jamba", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["jamba", "qwen3_moe"])
 def test_all_linear_leaves_out_what_cannot_be_trained(run, tuning, checkpoint, model_type):
     folder = run("--model_name_or_path", checkpoint(model_type), tuning, "--lora_target_modules", "all-linear")
     layers = {name.split(".lora_")[0].rpartition(".")[2] for name in saved(folder)}
@@ -158,8 +158,9 @@ def test_mistakes_in_peft_config_are_named(run, tuning, llama, tmp_path, text, m
         run("--model_name_or_path", llama, tuning, "--peft_config", tmp_path / "peft.json")
 
 
-@pytest.mark.parametrize("kind", ["IA3", "ADALORA", "OFT", "LN_TUNING", "VERA"])
-@pytest.mark.parametrize("model", ["chatglm3", "llama"])
+@pytest.mark.parametrize(
+    "model, kind", [("chatglm3", "IA3"), ("chatglm3", "LN_TUNING"), ("llama", "IA3"), ("llama", "OFT")]
+)
 def test_other_methods_of_peft_train_and_reopen(run, tuning, request, kind, model):
     base = request.getfixturevalue(model)
     folder = run("--model_name_or_path", base, tuning, "--peft_type", kind)
