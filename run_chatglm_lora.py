@@ -323,7 +323,9 @@ def raw_datasets(model_args, data_args, chat_args, training_args):
             options["streaming"] = data_args.streaming
         else:
             builder, more = data_files.builder_options(files)
-            source, options = (builder,), {**options, **more, "data_files": files}
+            source = (builder,)
+            options["data_files"] = files
+            options.update(more)
             if builder == "text":
                 options["keep_linebreaks"] = data_args.keep_linebreaks
         raw = load_dataset(*source, **options)
