@@ -5,10 +5,11 @@ import json
 import sys
 from itertools import groupby
 
+import chat
 import pytest
+from test_merge import merge  # noqa: F401 - a fixture
 from tiny import losses, results, write_jsonl
 from tiny_models import write_tiny
-from trained import script
 from transformers import AutoTokenizer
 
 import run_chatglm_lora
@@ -22,7 +23,8 @@ SYSTEM = (
 PLAIN = SYSTEM + (
     "{% for m in messages %}{% if m.role == 'tool' %}<|observation|>\n{% else %}<|{{ m.role }}|>{% endif %}"
     "{% if m.tool_calls %}{% for c in m.tool_calls %}{{ c.function.name }}\n{{ c.function.arguments | tojson }}"
-    "{% endfor %}{% elif m.role == 'tool' %}{{ m.content }}{% else %}{{ '\n' + m.content.split('</think>')[-1].strip() }}"
+    "{% endfor %}{% elif m.role == 'tool' %}{{ m.content }}{% else %}"
+    "{{ '\n' + m.content.split('</think>')[-1].strip() }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 THINKING = SYSTEM + (
@@ -91,12 +93,20 @@ def trained_text(tokenizer, labels) -> str:
 
 @pytest.mark.parametrize("model_type", TEMPLATES)
 def test_glm_trains_evaluates_answers_merges_and_chats(
-    run, rows, glm_tokenizer, model_type, tmp_path, monkeypatch, capsys
+    run, merge, rows, glm_tokenizer, model_type, tmp_path, monkeypatch, capsys
 ):
     tokenizer = glm_tokenizer(model_type)
     stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>", "<|observation|>"])
     base = write_tiny(tmp_path / "base", model_type, tokenizer, eos_token_id=stops, max_position_embeddings=1024)
-    flags = ["--model_name_or_path", base, "--max_target_length", 8, "--per_device_train_batch_size", 4]
+    flags = [
+        "--model_name_or_path",
+        base,
+        "--max_target_length",
+        8,
+        "--no_plot_loss",
+        "--per_device_train_batch_size",
+        4,
+    ]
     stages = [
         "--do_train",
         "--train_file",
@@ -113,16 +123,15 @@ def test_glm_trains_evaluates_answers_merges_and_chats(
     answers = [json.loads(line) for line in (folder / "generated_predictions.jsonl").read_text().splitlines()]
     assert len(answers) == 3
 
-    def said(name, *words):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
-        script(name).main()
+    def said(model):
+        flags = ["--prompt", "who paints", "--max_new_tokens", "4", "--no_do_sample", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["chat.py", str(model), *flags])
+        chat.main()
         return capsys.readouterr().out
 
-    said("merge_lora", folder, tmp_path / "merged")
-    question = ["--prompt", "who paints", "--max_new_tokens", 4, "--no_do_sample", "--device", "cpu"]
-    capsys.readouterr()
-    assert said("chat", folder, *question) == said("chat", tmp_path / "merged", *question)
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == TEMPLATES[model_type]
+    merged, _ = merge(folder)
+    assert said(folder) == said(merged)
+    assert AutoTokenizer.from_pretrained(merged).chat_template == TEMPLATES[model_type]
 
 
 CALLED = (
