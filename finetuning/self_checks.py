@@ -15,7 +15,6 @@ from itertools import cycle, islice, pairwise
 
 import torch
 import transformers
-from accelerate.utils import extract_model_from_parallel
 from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -176,7 +175,7 @@ class Probe:
 
     @property
     def base(self):
-        return base_of(extract_model_from_parallel(self.model))
+        return base_of(self.model)
 
     def bound(self, eps=ROUNDING) -> float:
         return rounding_bound(self.unit, eps)
@@ -302,7 +301,7 @@ class Probe:
 @contextmanager
 def evaluated(model):
     """The model in evaluation mode without gradients, and without a cache, as Trainer has it; the modes come back."""
-    config, training = base_of(extract_model_from_parallel(model)).config, model.training
+    config, training = base_of(model).config, model.training
     cached, config.use_cache = getattr(config, "use_cache", None), False
     model.eval()
     try:

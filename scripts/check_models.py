@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from chatglm import ChatGLMConfig
 from finetuning.batches import PaddedCollator, chat_collator
-from finetuning.self_checks import SelfCheckFailed, SelfChecks, check_answers, evaluated
+from finetuning.self_checks import SelfChecks, check_answers, evaluated
 from run_chatglm_lora import ChatArguments
 
 
@@ -171,7 +171,7 @@ def verdict(name) -> Verdict:
     try:
         check_answers(model, [row["input_ids"][:-2] for row in random_rows([9, 14], seed=2)], 0)
         answers = "yes"
-    except SelfCheckFailed as error:
+    except Exception as error:
         answers = f"no: {first_line(error)}"
     try:
         collator, results = settled_collator(model)
