@@ -193,7 +193,7 @@ class ChatArguments:
     padding_free: bool = argument(
         False, "Lay rows end to end, or stop; without this and the next flag: where the model keeps them apart."
     )
-    no_padding_free: bool = argument(False, "Pad rows.")
+    no_padding_free: bool = argument(False, "Turns rows end to end off: they are padded.")
     pack_to_length: int | None = argument(None, "Fill each training example with rows, up to this many tokens.")
     ignore_pad_token_for_loss: bool = argument(True, "Leave padding out of the loss.")
     pad_to_max_length: bool = argument(False, "Pad every batch to the maximum, for devices that want one shape.")

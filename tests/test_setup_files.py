@@ -7,6 +7,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from tiny import ROOT
 
+import finetuning
 from finetuning.versions import NEWEST, OLDEST, untested_transformers
 from scripts.newer_than_lock import locked_versions, newer
 
@@ -112,6 +113,5 @@ def test_extra_for_tests_is_what_the_tests_require():
 
 
 def test_changelog_begins_with_the_version_of_the_package():
-    (version,) = re.findall(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)
     released = re.findall(r"^## \[(\d.+?)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)
-    assert released[0] == version
+    assert released[0] == finetuning.__version__
