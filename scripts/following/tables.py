@@ -146,6 +146,6 @@ ROOMS = {"argument_files", "data_files", "encoding", "file_rows", "lora_layers",
 # Calls that are not compared: of modules that only compute or log, and methods of plain Python objects and loggers.
 QUIET_MODULES = {"math", "itertools", "logging", "typing", "functools", "collections", "re", "pathlib"}
 QUIET_METHODS = {name for kind in (str, bytes, list, dict, set, logging.Logger) for name in dir(kind)}
-LOUD_BUILTINS = {"open", "setattr", "delattr", "exec", "eval", "__import__"}
+LOUD_BUILTINS = {"open", "delattr", "exec", "eval", "__import__"}
 # Functions and classes that upstream defines; any other is a helper, which a newer version or an owner added.
 DEFINED_UPSTREAM = {"ModelArguments", "DataTrainingArguments", "main", "_mp_fn", "split_streaming_dataset"}
