@@ -850,6 +850,8 @@ def trainer_options(model, tokenizer, row_format, data, chat_args, training_args
     """What Trainer is given beyond run_clm.py's arguments, or in place of them: collator, callbacks and scores."""
     collator = chat_collator(model, tokenizer, chat_args, training_args) if row_format else block_collator
     loss = label_smoothing.loss_options(training_args)
+    if isinstance(model, peft.PeftModel) and training_args.ddp_find_unused_parameters is None:
+        training_args.ddp_find_unused_parameters = False  # TrainingChecks sees to it that every tensor is used
     callbacks = guards.callbacks if guards else [TrainingChecks()]
     if chat_args.self_check:
         tried = (collator if row_format else None, data, chat_args, padding_id(tokenizer))
@@ -874,8 +876,6 @@ def make_trainer(model, tokenizer, data, options, training_args):
     train_dataset = data["train"] if training_args.do_train else None
     if isinstance(data, EncodedChats):
         train_dataset = batches.repeated_stream(train_dataset)
-    if isinstance(model, peft.PeftModel) and training_args.ddp_find_unused_parameters is None:
-        training_args.ddp_find_unused_parameters = False  # TrainingChecks sees to it that every tensor is used
     return model_card.DocumentedTrainer(
         model=model,
         args=training_args,
@@ -979,6 +979,7 @@ def prepare_launch(model_args, data_args, lora_args, training_args):
     logger.setLevel(training_args.get_process_log_level())
     preconditions.check(model_args, data_args, lora_args, training_args)
     launching.check_launch(training_args)
+    check_output_folder(lora_args, training_args)
 
 
 def guarded_trainer(
@@ -996,7 +997,9 @@ def guarded_trainer(
     options["callbacks"] = [*(callbacks or ()), *options["callbacks"]]
     train_dataset = batches.repeated_stream(train_dataset) if row_format else train_dataset
     fixed = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
-    return trainer_class(model=model, args=args, **fixed, **options), guards
+    trainer = trainer_class(model=model, args=args, **fixed, **options)
+    answer_while_training(trainer, processing_class, data, chat_args)
+    return trainer, guards
 
 
 def trained(trainer, guards, resume_from_checkpoint=None):

@@ -62,8 +62,13 @@ def outcome(folder):
             if (folder / f"{name}_results.json").exists()
         },
         "weights": [path.read_bytes() for path in weights if path.exists()],
-        **{name: (folder / name).read_text() for name in files if (folder / name).exists()},
+        **{name: untimed((folder / name).read_text()) for name in files if (folder / name).exists()},
     }
+
+
+def untimed(text):
+    """Without the seconds that the self-check took."""
+    return re.sub(r'"seconds": [\d.]+', "", text)
 
 
 @pytest.mark.parametrize("date", SHAPES)
@@ -188,7 +193,7 @@ def renamed(**names):
     """The newest stand-in with other names for its variables; keywords of calls keep theirs."""
     text = stand_in(NEWEST)
     for old, new in names.items():
-        text = re.sub(rf"(?<!\\.)\b{old}\b(?!=[^=])", new, text)
+        text = re.sub(rf"(?<!\.)\b{old}\b(?!=[^=])", new, text)
     return text
 
 
@@ -282,15 +287,14 @@ METRIC = 'metric = evaluate.load("accuracy", cache_dir=model_args.cache_dir)'
         ([("data_collator=default_data_collator", "data_collator=Padder()")], "data_collator=Padder()"),
         ([("compute_metrics=compute_metrics if", "compute_metrics=f1 if")], "compute_metrics=f1"),
         ([(METRIC, 'metric = evaluate.load("f1")')], 'evaluate.load("f1")'),
-        ([("return metric.compute(predictions=preds, references=labels)", "return my_scores(preds, labels)")], "my_scores"),
+        ([("metric.compute(predictions=preds, references=labels)", "my_scores(preds, labels)")], "my_scores"),
         ([("logits.argmax(dim=-1)", "torch.softmax(logits, -1)")], "torch.softmax"),
         ([(CHECK, CHECK.replace("        if", "        self.suffix = self.train_file\n        if"))], "self.suffix"),
-        ([(CHECK, CHECK.replace("        if", "        check(self.train_file)\n        if"))], "check(self.train_file)"),
+        ([(CHECK, CHECK.replace("        if", "        look(self.train_file)\n        if"))], "look(self.train_file)"),
         ([(FIELD, "    prompt_column: str = None\n" + FIELD)], "prompt_column"),
         ([(FIELD, "    no_use_lora: bool = False\n" + FIELD)], "no_use_lora"),
         ([(FIELD, '    rank: int = field(default=8, metadata={"aliases": ["--lora_r"]})\n' + FIELD)], "--lora_r"),
-        ([("    overwrite_cache: bool", "    anew: bool"), ("data_args.overwrite_cache,\n                desc=\"ids\"", "1,\n                desc=\"ids\"")],
-         "class DataTrainingArguments"),
+        ([("    overwrite_cache: bool", "    anew: bool")], "class DataTrainingArguments"),
         ([("    # Logging\n", "    lora = 1\n    # Logging\n")], "lora = 1"),
         ([("    # Logging\n", "    lora_args = {}\n    # Logging\n")], "lora_args = {}"),
         ([("def main():", "def helper(guards):\n    return guards\n\n\ndef main():")], "def helper(guards)"),
@@ -301,16 +305,14 @@ METRIC = 'metric = evaluate.load("accuracy", cache_dir=model_args.cache_dir)'
         ([("trainer.save_model()", 'trainer.save_model("there")')], "save_model("),
         ([("resume_from_checkpoint=checkpoint", "trial=None")], "trial=None"),
         ([(TRAINER, "    trainer = Trainer(model)\n" + TRAINER)], "    trainer = Trainer("),
-        ([("        model=model,\n        args=training_args,", "        model,\n        training_args,")], "        model,"),
-        ([("        metrics = trainer.evaluate()\n", "        metrics = trainer.evaluate()\n        trainer.evaluate()\n")],
-         "        trainer.evaluate()"),
+        ([("model=model,\n        args=training_args,", "model,\n        training_args,")], "   model,"),
+        ([("metrics = trainer.evaluate()\n", "metrics = trainer.evaluate()\n        trainer.evaluate()\n")], "   trainer.ev"),
         ([(PARSED, PARSED.replace("model_args, data_args, training_args", "arguments"))], "arguments = parser"),
         ([(PARSED, PARSED.replace("model_args", "m_args"))], "m_args, data_args"),
         ([('raise ValueError("no tokenizer")', 'print("no tokenizer")')], "lora.with_chat_template"),
         ([("    # The Trainer\n", "    del tokenizer\n    # The Trainer\n")], "lora.answer"),
-        ([("embedding_size = model.get_input_embeddings().weight.shape[0]", "embedding_size = len(model.get_input_embeddings().weight)")],
-         "len(model.get"),
-        ([('        trainer.log_metrics("eval", metrics)', '        trainer.log_metrics("eval", dict(metrics))')], "dict(metrics)"),
+        ([("model.get_input_embeddings().weight.shape[0]", "len(model.get_input_embeddings().weight)")], "len(model."),
+        ([('trainer.log_metrics("eval", metrics)', 'trainer.log_metrics("eval", dict(metrics))')], "dict(metrics)"),
     ],
 )  # fmt: skip
 def test_what_would_break_or_be_replaced_is_refused_by_name_and_line(changes, what, tmp_path, capsys):

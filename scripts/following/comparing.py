@@ -162,5 +162,6 @@ def described(path) -> dict[str, list[str]]:
             found[fact.stage].append(text)
     for stage, statement, _ in staged(tree, helpers_in(tree)):
         body = statement.body if isinstance(statement, ast.FunctionDef) else [statement]
-        found[stage] += [own_text(step) for step, _ in leaves(body)]
+        steps = [own_text(step) for step, _ in leaves(body)]
+        found[stage] += [step for step in steps if not step.startswith(("check_min_version(", "require_version("))]
     return found

@@ -5,6 +5,7 @@ as an argument), a helper, a result or an error.
 """
 
 import ast
+import functools
 import re
 from dataclasses import dataclass
 
@@ -33,7 +34,11 @@ class Fact:
 
 def facts(path, ours=False) -> list[Fact]:
     """All facts of a script, in its order; of ours, without helpers. Raises NotRunClm."""
-    tree = parsed(path)
+    return facts_of(parsed(path), ours)
+
+
+@functools.cache
+def facts_of(tree, ours) -> list[Fact]:
     keywords, found = Keywords(tree), [*flags(tree), *floors(tree)]
     modules = imported(tree)
     helpers = [] if ours else helpers_in(tree)
@@ -147,6 +152,9 @@ def assignment_facts(stage, statement):
         name = dotted(target.value if entry else target)
         if "." in name and not name.startswith("self."):
             yield Fact(stage, "assignment", f"{name}[{ast.unparse(target.slice)}]" if entry else name)
+    for call in calls_in(statement):
+        if dotted(call.func) == "setattr":
+            yield Fact(stage, "assignment", ".".join(ast.unparse(each).strip("'") for each in call.args[:2]))
 
 
 def result_facts(stage, statement):

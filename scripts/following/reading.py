@@ -1,6 +1,7 @@
 """Reading a script: its syntax tree, its statements by stage, names and keyword arguments in it. Nothing is run."""
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -34,13 +35,18 @@ def broken_line(source) -> int:
 
 
 def parsed(path) -> ast.Module:
-    """The syntax tree of a file; NotRunClm if it has not what makes a run_clm.py."""
+    """The syntax tree of a file, made once; NotRunClm if it has not what makes a run_clm.py."""
+    return parsed_text(Path(path), source_text(path)[0])
+
+
+@functools.cache
+def parsed_text(path, text) -> ast.Module:
     try:
-        tree = ast.parse(source_text(path)[0])
+        tree = ast.parse(text)
     except SyntaxError as error:
         raise NotRunClm(f"{path}, line {error.lineno or 1}: this is no Python: {error.msg}.") from error
     except ValueError as error:
-        raise NotRunClm(error if isinstance(error, NotRunClm) else f"{path}, line 1: {error}.") from error
+        raise NotRunClm(f"{path}, line 1: {error}.") from error
     defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     words = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     needed = {"ModelArguments", "DataTrainingArguments", "main"} - defined
@@ -51,7 +57,7 @@ def parsed(path) -> ast.Module:
         raise NotRunClm(f"{path} is grafted already: take the run_clm.py that it was made from.")
     if needed:
         raise NotRunClm(f"{path} is no run_clm.py: it has no {', '.join(sorted(needed))}.")
-    tree.body += definitions(Path(path).parent / "finetuning") if ROOMS & words else []
+    tree.body += definitions(path.parent / "finetuning") if ROOMS & words else []
     return tree
 
 

@@ -75,7 +75,7 @@ STAGES = [
     Stage(
         "training",
         "checkpoint train_result trainer.train",
-        "train record_training with_sample_counts sample_count record",
+        "train Safeguards record_training with_sample_counts sample_count record",
         "Training",
     ),
     Stage("evaluation", "trainer.evaluate", "evaluate_loss complete", "Evaluation"),
@@ -91,6 +91,7 @@ STAGE_OF_FUNCTION["split_streaming_dataset"] = "data"
 ALIASES = {
     "model_class().from_pretrained": "AutoModelForCausalLM.from_pretrained",
     "flags.FlagParser": "HfArgumentParser",
+    "model_card.DocumentedTrainer": "Trainer",
 }
 
 # Flags of upstream that its older versions lack: the last version of transformers whose run_clm.py may do without.
@@ -126,6 +127,8 @@ EXPLAINED = [
     ("call", "CaptureLogger", "Encoding"),
     ("call", "transformers.utils.logging.get_logger", "Encoding"),
     ("call", "evaluate.load", "Metrics"),
+    ("keyword", ".push_to_hub *", "Publishing"),
+    ("keyword", ".create_model_card *", "Publishing"),
     ("keyword", "evaluate.load cache_dir=", "Metrics"),
 ]
 # Errors of upstream by stage and by what their innermost condition looks at: our function that raises one for the same
@@ -142,10 +145,20 @@ ERRORS = {
     "encoding: tokenized_datasets": ("check_splits", "Data"),
 }
 # The modules of finetuning/ in which functions of the table lie.
-ROOMS = {"argument_files", "data_files", "encoding", "file_rows", "lora_layers", "provenance", "scores", "screen"}
+ROOMS = {
+    "argument_files",
+    "data_files",
+    "encoding",
+    "file_rows",
+    "lora_layers",
+    "provenance",
+    "safeguards",
+    "scores",
+    "screen",
+}
 # Calls that are not compared: of modules that only compute or log, and methods of plain Python objects and loggers.
 QUIET_MODULES = {"math", "itertools", "logging", "typing", "functools", "collections", "re", "pathlib"}
 QUIET_METHODS = {name for kind in (str, bytes, list, dict, set, logging.Logger) for name in dir(kind)}
-LOUD_BUILTINS = {"open", "setattr", "delattr", "exec", "eval", "__import__"}
+LOUD_BUILTINS = {"open", "delattr", "exec", "eval", "__import__"}
 # Functions and classes that upstream defines; any other is a helper, which a newer version or an owner added.
 DEFINED_UPSTREAM = {"ModelArguments", "DataTrainingArguments", "main", "_mp_fn", "split_streaming_dataset"}
