@@ -1,5 +1,6 @@
 """Tiny models, tokenizers and data, and the script as a function of its command line."""
 
+import json
 import os
 import shutil
 import sys
@@ -9,8 +10,11 @@ import tempfile
 # Before any library is imported: nothing is downloaded, and caches are thrown away with the run.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="hf_home_"), TOKENIZERS_PARALLELISM="false")
 
+import comparing
+import merge_lora
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import CHATML, CHATS, COMMON, LINES, ROOT, flat, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from trained import script
@@ -110,3 +114,27 @@ def run(tmp_path, monkeypatch):
         return folder
 
     return run_script
+
+
+@pytest.fixture
+def merge(tmp_path, monkeypatch, capsys):
+    """Runs main() on a command line; returns the folder that it wrote and what it printed.
+
+    The merged model is opened in this process, by the program that otherwise runs in one of its own: it costs 5 s.
+    """
+
+    def same_process(folder, package):
+        out = tmp_path / "logits.safetensors"
+        with monkeypatch.context() as context:
+            context.setattr(sys, "argv", ["-c", str(folder), json.dumps(comparing.MESSAGES), str(out), ""])
+            exec(comparing.FRESH_PROCESS, {})
+        return load_file(out)
+
+    def run(adapter, *flags, out="merged", fresh_process=False):
+        if not fresh_process:
+            monkeypatch.setattr(comparing, "logits_in_fresh_process", same_process)
+        monkeypatch.setattr(sys, "argv", ["merge_lora.py", str(adapter), str(tmp_path / out), *map(str, flags)])
+        merge_lora.main()
+        return tmp_path / out, capsys.readouterr().out
+
+    return run

@@ -105,7 +105,10 @@ def test_script_header_for_uv_lists_the_requirements():
             ["--train_file", "a.pdf"],
             "--train_file a.pdf: the file must end in one of .csv, .tsv",
         ),
-        (["--train_file", "a.csv", "--validation_file", "b.txt"], "Plain text and rows do not go together: --train_file a.csv"),
+        (
+            ["--train_file", "a.csv", "--validation_file", "b.txt"],
+            "Plain text and rows do not go together: --train_file a.csv",
+        ),
         (["--do_train"], "There are no data: pass --train_file"),
         (["--config_overrides", "n=1", "--model_name_or_path", "x"], "--config_overrides changes the defaults"),
         (["--response_column", "answer"], "belong to a --prompt_column"),

@@ -7,7 +7,6 @@ from itertools import groupby
 
 import chat
 import pytest
-from test_merge import merge  # noqa: F401 - a fixture
 from tiny import losses, results, write_jsonl
 from tiny_models import write_tiny
 from transformers import AutoTokenizer

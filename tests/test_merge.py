@@ -5,11 +5,9 @@ import os
 import re
 import shutil
 import signal
-import sys
 from collections import namedtuple
 from pathlib import Path
 
-import comparing
 import merge_lora
 import merging
 import pytest
@@ -42,30 +40,6 @@ def checkpoint(request, tmp_path):
         return str(copy)
 
     return folder
-
-
-@pytest.fixture
-def merge(tmp_path, monkeypatch, capsys):
-    """Runs main() on a command line; returns the folder that it wrote and what it printed.
-
-    The merged model is opened in this process, by the program that otherwise runs in one of its own: it costs 5 s.
-    """
-
-    def same_process(folder, package):
-        out = tmp_path / "logits.safetensors"
-        with monkeypatch.context() as context:
-            context.setattr(sys, "argv", ["-c", str(folder), json.dumps(comparing.MESSAGES), str(out), ""])
-            exec(comparing.FRESH_PROCESS, {})
-        return load_file(out)
-
-    def run(adapter, *flags, out="merged", fresh_process=False):
-        if not fresh_process:
-            monkeypatch.setattr(comparing, "logits_in_fresh_process", same_process)
-        monkeypatch.setattr(sys, "argv", ["merge_lora.py", str(adapter), str(tmp_path / out), *map(str, flags)])
-        merge_lora.main()
-        return tmp_path / out, capsys.readouterr().out
-
-    return run
 
 
 def changed(path, **values):
