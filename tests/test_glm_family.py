@@ -7,7 +7,7 @@ from itertools import groupby
 
 import chat
 import pytest
-from test_merge import merge  # noqa: F401 - a fixture
+from test_merge import merge as merge_fixture
 from tiny import losses, results, write_jsonl
 from tiny_models import write_tiny
 from transformers import AutoTokenizer
@@ -73,6 +73,9 @@ def glm_tokenizer(tokenizer):
     return with_template
 
 
+merge = merge_fixture
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     return write_jsonl(
@@ -100,7 +103,7 @@ def test_glm_trains_evaluates_answers_merges_and_chats(
     model_type,
     tmp_path,
     monkeypatch,
-    capsys,  # noqa: F811
+    capsys,
 ):
     tokenizer = glm_tokenizer(model_type)
     stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>", "<|observation|>"])
