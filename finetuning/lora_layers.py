@@ -34,8 +34,10 @@ TARGETS = {
     **dict.fromkeys(["glm4_moe_lite", "glm_moe_dsa"], LATENT_QUERY_KEY_VALUE),
 }
 # Attention to an encoder that a causal model has not (BART, BERT), a pooler for classifiers (BigBird), and choices
-# that no gradient passes: of keys (DeepSeek V3.2), of experts.
+# that no gradient passes: of keys (DeepSeek V3.2), of experts. Zamba 2 lists an adapter for every layer in each block,
+# Phi-4 keeps its towers in the embedding.
 UNTRAINED = {"encoder_attn", "crossattention", "cross_attn", "pooler", "indexer", "router", "gate"}
+UNTRAINED |= {"gate_up_proj_adapter_list", "embed_tokens_extend"}
 # A state-space mixer, known by its A_log, hands the weights of these to one kernel, past the layers' own forward.
 MIXER_WEIGHTS = {"x_proj", "dt_proj", "out_proj", "conv1d"}
 
@@ -192,7 +194,8 @@ def linear_layers(model) -> list[str]:
         return not UNTRAINED.intersection(name.split(".")) and not (parent in mixers and leaf in MIXER_WEIGHTS)
 
     layers = {name: module for name, module in model.named_modules() if is_linear(module) and module is not head}
-    return [name for name, module in layers.items() if module in decoder and is_trained(name)]
+    trained = {name: module for name, module in layers.items() if is_trained(name)}
+    return [name for name, module in trained.items() if module in decoder] or list(trained)  # some call a head decoder
 
 
 def is_linear(module) -> bool:

@@ -92,14 +92,7 @@ def trained_text(tokenizer, labels) -> str:
 
 @pytest.mark.parametrize("model_type", TEMPLATES)
 def test_glm_trains_evaluates_answers_merges_and_chats(
-    run,
-    merge,
-    rows,
-    glm_tokenizer,
-    model_type,
-    tmp_path,
-    monkeypatch,
-    capsys,  # noqa: F811
+    run, merge, rows, glm_tokenizer, model_type, tmp_path, monkeypatch, capsys
 ):
     tokenizer = glm_tokenizer(model_type)
     stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>", "<|observation|>"])
