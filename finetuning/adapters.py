@@ -171,8 +171,10 @@ def initialise_from_data(trainer, pad_token_id: int):
 def base_content(name: str, revision: str | None = None) -> dict | None:
     """What tells a base from others wherever it lies: architecture, and a hash of names, shapes and some weights.
 
-    The hash is None for weights that are not in safetensors; the result for a name that is no model here.
+    The hash is None for weights that are not in safetensors; the result for a name that is no model here, or for none.
     """
+    if not name:  # a model from scratch
+        return None
     path = cached_file(name, "config.json", revision=revision, **NOT_FOUND_IS_NONE)
     if path is None:
         return None
