@@ -276,7 +276,7 @@ def test_what_an_owner_changed_is_taken_over(text, line, tmp_path):
 
 
 FIELD = "    keep_linebreaks: bool = field(default=True"
-CHECK = '            raise ValueError("no data")\n'
+CHECK = "    def __post_init__(self):\n        if self.streaming:\n"
 METRIC = 'metric = evaluate.load("accuracy", cache_dir=model_args.cache_dir)'
 
 
@@ -306,8 +306,7 @@ METRIC = 'metric = evaluate.load("accuracy", cache_dir=model_args.cache_dir)'
         ([("resume_from_checkpoint=checkpoint", "trial=None")], "trial=None"),
         ([(TRAINER, "    trainer = Trainer(model)\n" + TRAINER)], "    trainer = Trainer("),
         ([("model=model,\n        args=training_args,", "model,\n        training_args,")], "   model,"),
-        ([("metrics = trainer.evaluate()\n", "metrics = trainer.evaluate()\n        trainer.evaluate()\n")],
-         "        trainer.evaluate()"),
+        ([("s = trainer.evaluate()\n", "s = trainer.evaluate()\n        trainer.evaluate()\n")], "   trainer"),
         ([(PARSED, PARSED.replace("model_args, data_args, training_args", "arguments"))], "arguments = parser"),
         ([(PARSED, PARSED.replace("model_args", "m_args"))], "m_args, data_args"),
         ([('raise ValueError("no tokenizer")', 'print("no tokenizer")')], "lora.with_chat_template"),

@@ -23,9 +23,7 @@ STAGES = [
         "ModelArguments DataTrainingArguments ChatArguments LoraArguments",
         "Arguments",
     ),
-    Stage(
-        "logging", "send_example_telemetry logging.basicConfig log_level", "set_up_logging set_up_libraries", "Logging"
-    ),
+    Stage("logging", "send_example_telemetry logging.basicConfig log_level", "set_up_logging", "Logging"),
     Stage("last checkpoint", "last_checkpoint", "", "Dropped upstream"),
     Stage("seed", "set_seed", "main", "Seed"),
     Stage(
