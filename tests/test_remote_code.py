@@ -90,11 +90,3 @@ def test_class_follows_what_the_checkpoint_offers(checkpoint, llama, chatglm3):
     assert model_class(own) is AutoModelForCausalLM
     for installed in (llama, chatglm3):  # the ChatGLM checkpoint has an auto_map as well, but its class is known here
         assert model_class(AutoConfig.from_pretrained(installed)) is AutoModelForCausalLM
-
-
-def test_installed_code_has_no_code_entry_but_the_prompt_format_is_stored(run, chatglm3, chats):
-    flags = ["--model_name_or_path", chatglm3, "--train_file", chats, "--do_train", "--max_steps", 1]
-    folder = run(flags, "--prompt_column", "prompt", "--response_column", "response")
-    record = json.loads((folder / "provenance.json").read_text())
-    assert record["checkpoint_code"] is None
-    assert record["prompt_format"] == "[gMASK]sop<|user|>\n ...<|assistant|>"

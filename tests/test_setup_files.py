@@ -8,7 +8,7 @@ from packaging.version import Version
 from tiny import ROOT
 
 import finetuning
-from finetuning.versions import NEWEST, OLDEST, untested_transformers
+from finetuning.versions import NEWEST, OLDEST
 from scripts.newer_than_lock import locked_versions, newer
 
 
@@ -73,17 +73,6 @@ def test_tested_range_of_transformers_is_that_of_the_requirements():
     assert minor(NEWEST) == newest_locked("transformers").release[:2]
     assert lines("tests/oldest.txt") == [f"transformers=={OLDEST}.0"]
     assert lines("tests/oldest.txt")[0] in lines("tests/oldest.lock")
-
-
-@pytest.mark.parametrize("version", ["5.17.0", f"{NEWEST}.0", f"{NEWEST}.9"])
-def test_tested_transformers_is_not_worth_a_word(version):
-    assert untested_transformers(version) is None
-
-
-@pytest.mark.parametrize("version", ["5.99.0.dev0", "5.100.0", "6.0.0rc1"])
-def test_newer_transformers_is_named_with_the_command_that_tests_it(version):
-    sentence = untested_transformers(version)
-    assert version in sentence and NEWEST in sentence and "bash scripts/test.sh --newest" in sentence
 
 
 def test_report_names_what_is_newer_than_the_lock_for_this_python():
