@@ -171,10 +171,11 @@ def initialise_from_data(trainer, pad_token_id: int):
 def base_content(name: str, revision: str | None = None) -> dict | None:
     """What tells a base from others wherever it lies: architecture, and a hash of names, shapes and some weights.
 
-    The hash is None for weights that are not in safetensors; the result for a name that is no model here.
+    The hash is None for weights that are not in safetensors; the result for a name that is no model here, and for a model
+    from scratch, which has no name.
     """
-    path = cached_file(name, "config.json", revision=revision, **NOT_FOUND_IS_NONE)
-    if path is None:
+    path = name and cached_file(name, "config.json", revision=revision, **NOT_FOUND_IS_NONE)
+    if not path:
         return None
     model_type = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
     config = AutoConfig.from_pretrained(name, revision=revision) if model_type in CONFIG_MAPPING else None
