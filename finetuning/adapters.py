@@ -171,8 +171,8 @@ def initialise_from_data(trainer, pad_token_id: int):
 def base_content(name: str, revision: str | None = None) -> dict | None:
     """What tells a base from others wherever it lies: architecture, and a hash of names, shapes and some weights.
 
-    The hash is None for weights that are not in safetensors; the result for a name that is no model here, and for a model
-    from scratch, which has no name.
+    The hash is None for weights that are not in safetensors; the result for a name that is no model here, and
+    for a model from scratch, which has no name.
     """
     path = name and cached_file(name, "config.json", revision=revision, **NOT_FOUND_IS_NONE)
     if not path:
