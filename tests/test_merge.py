@@ -334,7 +334,7 @@ def test_mistakes_get_a_sentence(adapter, sentence, chatglm3, merge, tmp_path):
 def test_next_merge_removes_what_a_killed_one_left(chatglm3, merge, tmp_path):
     (tmp_path / ".merged.unfinished-999999999").mkdir()
     folder, output = merge(write_adapter(chatglm3, tmp_path / "adapter"))
-    assert "Removing" in output and leftovers(tmp_path) == [] and (folder / "model.safetensors").is_file()
+    assert "Removing" in output and leftovers(tmp_path) == [folder.name]
 
 
 def test_merge_into_a_folder_that_another_process_writes_is_refused(chatglm3, merge, tmp_path):
