@@ -110,19 +110,23 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, end: int | list[int] | None) ->
 # ------------------------------------------------------------------------------------------ results of other trainings
 
 
+def kind_of_result(folder: Path) -> str | None:
+    """What lies in a folder: adapter, prefix (of --pre_seq_len) or full model; None if it is none of them."""
+    if (folder / "adapter_config.json").is_file():
+        return "adapter"
+    if not (folder / "config.json").is_file():
+        return None
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return "prefix" if config.get("pre_seq_len") else "full model"
+
+
 def check_output_folder(folder: Path, kind: str):
     """Raise a ValueError if a folder holds a result of another kind: adapter, prefix (--pre_seq_len) or full model.
 
     Old and new would lie side by side, and whoever opens the folder would take one of them.
     """
-    if (folder / "adapter_config.json").is_file():
-        found = "adapter"
-    elif (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        found = "prefix" if config.get("pre_seq_len") else "full model"
-    else:
-        return
-    if found != kind:
+    found = kind_of_result(folder)
+    if found not in (None, kind):
         raise ValueError(
             f"--output_dir {folder} holds the result of another training (kind: {found}), and this one would write "
             f"its own (kind: {kind}) beside it: choose another folder, or empty that one."

@@ -13,6 +13,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .adapters import kind_of_result
+
 
 logger = logging.getLogger("run_chatglm_lora.preconditions")
 
@@ -101,14 +103,13 @@ def check_folders(model_args, lora_args):
             f"--model_name_or_path {base} is an adapter: pass it as --adapter_name_or_path, and the model that it was "
             "trained on as --model_name_or_path."
         )
-    if adapter and Path(adapter).is_dir() and not lora_args.pre_seq_len:
-        if Path(adapter, "adapter_config.json").is_file():
-            return
-        if Path(adapter, "config.json").is_file():
-            raise ValueError(
-                f"--adapter_name_or_path {adapter} is a model and no adapter (it has no adapter_config.json): pass it "
-                "as --model_name_or_path. A prefix of --pre_seq_len needs that flag again."
-            )
+    found = kind_of_result(Path(adapter)) if adapter and Path(adapter).is_dir() else "adapter"
+    if found == "full model":
+        raise ValueError(
+            f"--adapter_name_or_path {adapter} is a model and no adapter (it has no adapter_config.json): pass it as "
+            "--model_name_or_path."
+        )
+    if found is None:
         found = sorted(path.parent.name for path in Path(adapter).glob("checkpoint-*/adapter_config.json"))
         inside = f" It holds {', '.join(found)}: pass one of these." if found else ""
         raise ValueError(f"--adapter_name_or_path {adapter} is no adapter: it has no adapter_config.json.{inside}")

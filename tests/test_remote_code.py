@@ -80,7 +80,7 @@ def test_own_code_of_a_chatglm_checkpoint_runs_when_it_is_asked_for(flags, check
     record = json.loads((tmp_path / "out/provenance.json").read_text())
     assert record["checkpoint_code"]["file"] == "modeling_house.py"
     refused = subprocess.run(command, capture_output=True, text=True)
-    assert refused.returncode == 1 and "pass --trust_remote_code" in refused.stderr
+    assert refused.returncode == 2 and "pass --trust_remote_code" in refused.stderr
 
 
 def test_class_follows_what_the_checkpoint_offers(checkpoint, llama, chatglm3):
