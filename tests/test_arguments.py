@@ -21,6 +21,7 @@ def test_flags_of_run_clm_keep_their_defaults_and_choices(cls):
     assert all(f.metadata["help"] for f in fields(cls))
 
 
+@pytest.mark.slow
 def test_help_shows_each_group_of_flags():
     command = [sys.executable, str(ROOT / "run_chatglm_lora.py"), "--help"]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout

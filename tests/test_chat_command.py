@@ -91,6 +91,7 @@ def test_adapter_is_found_with_its_base_and_the_tokenizer_of_its_training(chatgl
     assert run_chat(moved, *flags, "--base_model", chatglm3).out.strip() == expected.rstrip("\ufffd")
 
 
+@pytest.mark.slow
 def test_pipe_gets_the_answer_alone_from_any_folder(llama, tmp_path):
     command = [sys.executable, str(ROOT / "scripts/chat.py"), llama, "--prompt", "-", "--max_new_tokens", "8"]
     result = subprocess.run(

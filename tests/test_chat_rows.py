@@ -214,6 +214,7 @@ def test_bad_rows_are_skipped_counted_and_listed_if_asked_for(run, chatglm2, tmp
         assert results(folder, "train")["train_samples"] == 2
 
 
+@pytest.mark.slow
 def test_same_conversations_train_alike_from_every_file_type(run, chatglm3, tmp_path):
     pairs = [{"prompt": "你好", "response": "你好。"}, {"prompt": "有绿茶吗", "response": "有龙井。"}] * 2
     write_jsonl(tmp_path / "a.jsonl", pairs)

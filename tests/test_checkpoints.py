@@ -36,6 +36,7 @@ def history(folder):
     return [{name: entry[name] for name in ("step", "loss", "grad_norm", "learning_rate")} for entry in log[:-1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS.keys())
 def test_ten_steps_and_ten_more_are_twenty(run, flags, options):
     """Losses, gradient norms, learning rates, weights, and the random state at the end."""
@@ -56,6 +57,7 @@ STREAMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", STREAMS.values(), ids=STREAMS.keys())
 def test_streamed_data_go_on_where_they_stopped(run, flags, tmp_path, options):
     data = tmp_path / "data"
@@ -93,6 +95,7 @@ def test_newest_whole_checkpoint_is_meant_by_true_last_and_no_word(run, flags, s
     assert losses(stopped) == expected
 
 
+@pytest.mark.slow
 def test_checkpoint_written_last_is_newest_after_a_run_that_started_anew(run, flags, caplog):
     folder = run(flags, "--max_steps", 4, "--save_steps", 4)
     run(flags, "--max_steps", 2, "--save_steps", 2)
@@ -226,6 +229,7 @@ def test_another_prompt_format_is_refused(run, flags, llama, tmp_path):
         run(flags, "--tokenizer_name", tmp_path / "tokenizer", resume, output="format")
 
 
+@pytest.mark.slow
 def test_best_and_newest_checkpoints_survive_the_limit(run, flags, chats):
     evaluation = ["--do_eval", "--validation_file", chats, "--eval_strategy", "steps", "--eval_steps", 2]
     best = ["--load_best_model_at_end", "--metric_for_best_model", "loss", "--greater_is_better", "True"]

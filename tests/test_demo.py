@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 
+import pytest
 from tiny import ROOT
 
 
+@pytest.mark.slow
 def test_demo_teaches_the_answers_and_a_second_run_reuses_what_exists(tmp_path):
     def demo():
         command = ["bash", str(ROOT / "scripts/demo.sh"), str(tmp_path / "out")]

@@ -171,6 +171,7 @@ def test_template_from_a_file_is_used_and_saved(run, llama, tokenizer, chats, tm
     assert "~" in tokenizer.decode(prompt_ids(saved, [{"role": "user", "content": "a"}]))
 
 
+@pytest.mark.slow
 def test_same_run_takes_the_encoding_from_the_cache_and_any_change_does_not(run, chatglm3, chats, caplog, tmp_path):
     flags = ["--model_name_or_path", chatglm3, "--train_file", chats, CHAT_FLAGS, "--do_train", "--max_steps", 1]
     flags += ["--cache_dir", tmp_path / "cache"]
@@ -192,6 +193,7 @@ def test_same_run_takes_the_encoding_from_the_cache_and_any_change_does_not(run,
     assert caches("--train_file", tmp_path / "other.jsonl") > counts[-1]
 
 
+@pytest.mark.slow
 def test_two_processes_encode_as_one(run, chatglm3, chats):
     flags = ["--model_name_or_path", chatglm3, "--train_file", chats, CHAT_FLAGS, "--do_train", "--max_steps", 1]
     counts = [results(run(flags, "--overwrite_cache", more), "train")["train_loss"]

@@ -23,6 +23,7 @@ def flags(chats):
     return [*data, "--max_steps", 1, "--lora_dropout", 0, "--per_device_train_batch_size", 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GENERATIONS)
 def test_first_loss_does_not_move_with_a_factor_near_zero(run, flags, name, request):
     model = ["--model_name_or_path", request.getfixturevalue(name)]

@@ -83,6 +83,7 @@ def test_precision_and_processes_follow_use_cpu(commands):
     assert words[words.index("--dtype") + 1] == "float32"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_script_trains_and_saves(train, script):
     processes, launcher, result = SCRIPTS[script]
@@ -105,6 +106,7 @@ def test_fsdp_is_refused_on_a_cpu(train):
     assert ended[0][0] == 1 and "--fsdp would be passed over" in ended[0][1]
 
 
+@pytest.mark.slow
 def test_qlora_trains_where_bitsandbytes_is_installed(train):
     pytest.importorskip("bitsandbytes")
     _, folder, ended = train("train_qlora.sh", 1)
@@ -112,6 +114,7 @@ def test_qlora_trains_where_bitsandbytes_is_installed(train):
     assert len(losses(folder)) == 2
 
 
+@pytest.mark.slow
 def test_predict_answers_with_the_trained_adapter(train, commands, chatglm3, chats, tmp_path):
     train("train_lora.sh", 1)
     questions = [CHAT_FLAGS, ON_CPU, "--max_predict_samples", 2, "--max_target_length", 4]
@@ -122,6 +125,7 @@ def test_predict_answers_with_the_trained_adapter(train, commands, chatglm3, cha
     assert len([json.loads(line) for line in answers]) == 2
 
 
+@pytest.mark.slow
 def test_signal_to_a_script_reaches_the_processes_of_torchrun(chatglm3, chats, tmp_path):
     """torchrun itself then ends with 1.
 

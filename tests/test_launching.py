@@ -48,6 +48,7 @@ def alone(chatglm3, chats, tmp_path_factory):
     return folder / "out"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys())
 def test_two_processes_train_and_resume_as_one(alone, chatglm3, chats, tmp_path, stage):
     words = command(chatglm3, chats, "--per_device_train_batch_size", 2, stage)
@@ -93,6 +94,7 @@ def test_all_weights_of_chatglm_6b_are_trained_under_zero_3_as_by_one_process(ch
     AutoModelForCausalLM.from_pretrained(two)
 
 
+@pytest.mark.slow
 def test_quantised_base_is_tuned_under_zero_3_as_by_one_process(chatglm3, chats, tmp_path):
     pytest.importorskip("bitsandbytes")
     quantised = command(chatglm3, chats, "--load_in_8bit")
@@ -109,6 +111,7 @@ def test_prefix_of_peft_is_refused_under_zero_3(chatglm3, chats, tmp_path):
     assert code == 1 and "take ds_zero2.json, or ChatGLM's own prefix with --pre_seq_len" in log
 
 
+@pytest.mark.slow
 def test_signal_to_one_process_stops_both_after_the_same_step(chatglm3, chats, tmp_path):
     words = command(chatglm3, chats, "--output_dir", tmp_path / "out")
     ended = forked_ranks(words, tmp_path, before=signal_rank_1)
@@ -116,6 +119,7 @@ def test_signal_to_one_process_stops_both_after_the_same_step(chatglm3, chats, t
     assert (tmp_path / "out/checkpoint-3/complete.json").exists() and "after step 3 of 6" in ended[0][1]
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite_on_one_process_stops_both(chatglm3, chats, tmp_path):
     words = command(chatglm3, chats, "--output_dir", tmp_path / "out", "--save_steps", 2)
     ended = forked_ranks(words, tmp_path, before=spoil_loss_of_rank_1)

@@ -93,6 +93,7 @@ def test_variants_of_lora_train_and_reopen(run, flags, chatglm3, options):
     assert losses(folder)[-1] != losses(folder)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--prefix_projection"]])
 def test_prefix_tuning_trains_saves_and_predicts(run, flags, chats, options):
     options = ["--peft_type", "PREFIX_TUNING", "--num_virtual_tokens", 4, *options]
@@ -103,6 +104,7 @@ def test_prefix_tuning_trains_saves_and_predicts(run, flags, chats, options):
     assert answers[0] == answers[1] and len(set(losses(folder))) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["chatglm1", "chatglm2", "glm4_checkpoint"])
 def test_every_generation_trains_evaluates_and_answers(run, name, chats, request):
     flags = ["--train_file", chats, "--validation_file", chats, "--test_file", chats, CHAT_FLAGS]
@@ -128,6 +130,7 @@ def test_virtual_tokens_of_a_trained_prompt_are_left_out_of_the_accuracy(run, fl
     assert 0 <= tuned["eval_accuracy"] < 1 and tuned["eval_loss"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ["--load_in_4bit", "--load_in_8bit"])
 @pytest.mark.parametrize("generation", ["chatglm1", "chatglm2", "chatglm3", "glm4_checkpoint"])
 def test_quantised_base_is_tuned_resumed_and_asked(run, chats, request, generation, bits):
@@ -150,12 +153,14 @@ def test_another_method_of_peft_needs_no_code_of_ours(run, flags):
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LOHA"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_base_keeps_float32_adapters(run, flags, chats, dtype):
     folder = run(flags, "--dtype", dtype, "--do_predict", "--test_file", chats, "--max_predict_samples", 1)
     assert {tensor.dtype for tensor in adapter(folder).values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_does_not_change_the_losses(run, flags):
     plain = run(flags, "--lora_dropout", 0)
     checkpointed = run(flags, "--lora_dropout", 0, "--gradient_checkpointing", output="checkpointed")
@@ -163,6 +168,7 @@ def test_gradient_checkpointing_does_not_change_the_losses(run, flags):
     assert all(torch.equal(a, b) for a, b in zip(adapter(plain).values(), adapter(checkpointed).values(), strict=True))
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_adapter(run, flags):
     first = run(flags)
     second = run(flags, "--adapter_name_or_path", first, output="second")
@@ -170,6 +176,7 @@ def test_training_goes_on_from_an_adapter(run, flags):
     assert any(not torch.equal(adapter(first)[name], tensor) for name, tensor in adapter(second).items())
 
 
+@pytest.mark.slow
 def test_resumed_run_ends_with_the_same_adapter_and_losses(run, flags):
     flags = [flags, "--save_strategy", "steps", "--save_steps", 2]  # with the default dropout of 0.1
     straight = run(flags)

@@ -72,6 +72,7 @@ def config_of(folder):
     return json.loads((folder / "adapter_config.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", DEFAULT_LAYERS)
 def test_default_flags_train(run, tuning, checkpoint, model_type):
     """Training itself checks that every tensor of the adapter has a gradient, and that the saved one is whole."""
@@ -93,6 +94,7 @@ def test_experts_are_trained_when_named_and_without_dropout(run, tuning, checkpo
     assert losses(folder)[-1] < losses(folder)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["jamba", "qwen3_moe"])
 def test_all_linear_leaves_out_what_cannot_be_trained(run, tuning, checkpoint, model_type):
     folder = run("--model_name_or_path", checkpoint(model_type), tuning, "--lora_target_modules", "all-linear")

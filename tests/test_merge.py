@@ -90,6 +90,7 @@ def test_published_layout_keeps_names_files_and_generation(generation, checkpoin
     assert model.generation_config.eos_token_id == sorted(tokenizer.stop_token_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generation", ["chatglm2", "codegeex2", "chatglm3", "glm4"])
 def test_native_layout_is_the_same_model_in_stock_transformers(generation, checkpoint, merge, tmp_path):
     adapter = write_adapter(checkpoint(generation), tmp_path / "adapter", target_modules=ALL_LINEAR)
@@ -121,6 +122,7 @@ def test_native_layout_is_the_same_model_in_stock_transformers(generation, check
     assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
+@pytest.mark.slow
 def test_published_folder_opens_in_a_fresh_process(chatglm1, merge, tmp_path):
     folder, text = merge(write_adapter(chatglm1, tmp_path / "adapter"), fresh_process=True)
     assert "The same model" in text and (folder / "ice_text.model").is_file()

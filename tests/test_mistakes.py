@@ -75,6 +75,7 @@ def test_error_of_a_library_that_our_code_meets_is_no_sentence():
     assert not is_for_the_user(met.value)
 
 
+@pytest.mark.slow
 def test_mistake_as_a_program_prints_one_line(chatglm3):
     words = ["--model_name_or_path", chatglm3, "--train_file", "nothere.jsonl", "--do_train", "--use_cpu"]
     command = [sys.executable, str(ROOT / "run_chatglm_lora.py"), *words]
@@ -84,6 +85,7 @@ def test_mistake_as_a_program_prints_one_line(chatglm3):
     assert len(ended.stdout.splitlines()) <= 1  # versions and device
 
 
+@pytest.mark.slow
 def test_under_torchrun_the_sentence_is_said_once_and_stands_in_the_report_at_the_end(chatglm3, tmp_path):
     words = [
         "--model_name_or_path",

@@ -69,6 +69,7 @@ def test_checkpoint_code_runs_with_the_flag_and_its_hash_is_stored_beside_the_ad
     assert (folder / "adapter_model.safetensors").is_file() and len(losses(folder)) == 2
 
 
+@pytest.mark.slow
 def test_own_code_of_a_chatglm_checkpoint_runs_when_it_is_asked_for(flags, checkpoint, tmp_path):
     """In a process of its own: in this one ChatGLM is known already."""
     for name in ("config.json", "modeling_house.py"):

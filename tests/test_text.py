@@ -87,6 +87,7 @@ def copied(tmp_path, flags):
     return run_copy
 
 
+@pytest.mark.slow
 def test_copy_of_the_script_trains_where_the_package_is_installed(copied, tmp_path):
     for package in ("chatglm", "finetuning"):
         shutil.copytree(ROOT / package, tmp_path / "site" / package)
@@ -94,6 +95,7 @@ def test_copy_of_the_script_trains_where_the_package_is_installed(copied, tmp_pa
     assert (tmp_path / "out/model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_copy_of_the_script_without_the_package_says_so_in_one_sentence(copied, tmp_path):
     ended = copied(tmp_path / "nothing")
     assert ended.returncode == 1 and ended.stdout == ""
