@@ -103,15 +103,17 @@ def check_folders(model_args, lora_args):
             f"--model_name_or_path {base} is an adapter: pass it as --adapter_name_or_path, and the model that it was "
             "trained on as --model_name_or_path."
         )
-    found = kind_of_result(Path(adapter)) if adapter and Path(adapter).is_dir() else "adapter"
+    if not adapter or not Path(adapter).is_dir() or lora_args.pre_seq_len:  # of a prefix, loading says what is missing
+        return
+    found = kind_of_result(Path(adapter))
     if found == "full model":
         raise ValueError(
             f"--adapter_name_or_path {adapter} is a model and no adapter (it has no adapter_config.json): pass it as "
             "--model_name_or_path."
         )
     if found is None:
-        found = sorted(path.parent.name for path in Path(adapter).glob("checkpoint-*/adapter_config.json"))
-        inside = f" It holds {', '.join(found)}: pass one of these." if found else ""
+        within = sorted(path.parent.name for path in Path(adapter).glob("checkpoint-*/adapter_config.json"))
+        inside = f" It holds {', '.join(within)}: pass one of these." if within else ""
         raise ValueError(f"--adapter_name_or_path {adapter} is no adapter: it has no adapter_config.json.{inside}")
 
 

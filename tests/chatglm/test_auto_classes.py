@@ -46,7 +46,7 @@ def test_registering_again_is_harmless(v3_folder):
 
 def run_tiny(*arguments, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, str(TINY), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.parametrize("generation", ["chatglm2", "glm4"])

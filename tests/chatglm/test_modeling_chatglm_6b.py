@@ -325,7 +325,7 @@ def test_tiny_checkpoint_loads_and_talks(tmp_path):
     options = ["--generation", "chatglm", "--hidden_size", "32", "--vocab_size", "400"]
     for name in ("one", "two"):
         command = [sys.executable, str(script), name, *options]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
         assert result.returncode == 0, result.stderr
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert {"ice_text.model", "model.safetensors", "config.json", "tokenizer_config.json"} <= set(files)
