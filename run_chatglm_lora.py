@@ -150,7 +150,7 @@ class DataTrainingArguments:
 
     dataset_name: str | None = argument(None, "Data set on the hub, or a folder. Wins over the files.")
     dataset_config_name: str | None = argument(None, "Configuration of --dataset_name.")
-    train_file: str | None = argument(None, "Training data: csv, json, jsonl, parquet or txt.")
+    train_file: str | None = argument(None, "Training data: csv, tsv, json, jsonl, parquet, xlsx or txt, also packed.")
     validation_file: str | None = argument(None, "Evaluation data, in the format of --train_file.")
     max_train_samples: int | None = argument(None, "Train on the first N blocks (text) or rows (chat) only.")
     max_eval_samples: int | None = argument(None, "Evaluate on the first N blocks (text) or rows (chat) only.")
@@ -186,7 +186,7 @@ class ChatArguments:
         None,
         "Shares of the files of --train_file, as 0.7,0.3: draw each next row from them. Rows of a small file repeat.",
     )
-    skip_bad_rows: bool = argument(False, "Go on without rows that cannot be used; they are listed in bad_rows.jsonl.")
+    skip_bad_rows: bool = argument(False, "Leave out rows that cannot be used, and list them in bad_rows_SPLIT.jsonl.")
     test_file: str | None = argument(None, "Rows to answer with --do_predict, in the format of the other files.")
     max_source_length: int = argument(1024, "Most tokens before an answer. Longer: the oldest turns are dropped.")
     max_target_length: int = argument(128, "Most tokens of an answer, when trained and when generated.")
@@ -278,7 +278,7 @@ ARGUMENT_CLASSES = (ModelArguments, DataTrainingArguments, *ADDED_ARGUMENTS, Tra
 def parsed_arguments():
     """One instance of each argument class, from the command line, and from a .json or .yaml file where it has one."""
     parser = flags.FlagParser(ARGUMENT_CLASSES, ADDED_ARGUMENTS, description=__doc__.split("\n\n")[0])
-    parser.set_defaults(logging_steps=LOGGED_SHARE)
+    parser.set_defaults(logging_steps=LOGGED_SHARE)  # in --help
     given = argument_files.given_arguments(parser, launching.prepared_words(sys.argv[1:]), ARGUMENT_CLASSES)
     adapters.check_init(given)
     return parser.parse_dict({**log_defaults(given), **scores.metric_defaults(given), **given})
@@ -313,21 +313,16 @@ def raw_datasets(model_args, data_args, chat_args, training_args):
     options = {"cache_dir": model_args.cache_dir, "token": model_args.token}
     if data_args.dataset_name is not None:
         source = (data_args.dataset_name, data_args.dataset_config_name)
+        options["streaming"] = data_args.streaming
         files = data_files.files_in(*source) if Path(data_args.dataset_name).is_dir() else {}
     elif not files:
         raise ValueError("There are no data: pass --train_file, --validation_file, --test_file or --dataset_name.")
 
     raw, row_format = chat_rows.read(files, chat_args, data_args.streaming, model_args.cache_dir, training_args.seed)
     if raw is None:
-        if data_args.dataset_name is not None:
-            options["streaming"] = data_args.streaming
-        else:
-            builder, more = data_files.builder_options(files)
-            source = (builder,)
-            options["data_files"] = files
-            options.update(more)
-            if builder == "text":
-                options["keep_linebreaks"] = data_args.keep_linebreaks
+        if data_args.dataset_name is None:
+            source, options["data_files"] = (data_files.builder(files),), files
+            options |= data_files.builder_options(source[0], files, data_args.keep_linebreaks)
         raw = load_dataset(*source, **options)
         columns = {split: column_names(rows) for split, rows in raw.items()}
         row_format = chat_rows.format_of(columns, chat_args)
@@ -740,10 +735,14 @@ def loaded_config(model_args):
     return config
 
 
+def tokenizer_name(model_args, adapter=None):
+    """--tokenizer_name, or the folder of an adapter that is opened, which has its own template and tokens."""
+    return model_args.tokenizer_name or adapters.own_tokenizer(adapter)
+
+
 def loaded_tokenizer(model_args, adapter=None):
-    """The tokenizer of --tokenizer_name, of the adapter that is opened (its template, its tokens) or of the model."""
-    name = model_args.tokenizer_name or adapters.own_tokenizer(adapter)
-    name = name or model_args.model_name_or_path
+    """The tokenizer of --tokenizer_name, of the adapter that is opened, or of the model."""
+    name = tokenizer_name(model_args, adapter) or model_args.model_name_or_path
     if not name:
         raise ValueError("A model from scratch needs a tokenizer that exists: pass --tokenizer_name.")
     return AutoTokenizer.from_pretrained(name, use_fast=model_args.use_fast_tokenizer, **hub_options(model_args))
@@ -833,10 +832,12 @@ def adapted_model(model, lora_args, training_args):
 # ------------------------------------------------------------------------------------------------------- the stages
 
 
-def check_output_folder(lora_args, training_args):
-    """Raise a ValueError if a training would write its result beside one of another kind."""
-    kind = "prefix" if lora_args.pre_seq_len else "adapter" if lora_args.use_lora else "full model"
-    if training_args.do_train:
+def check_request(model_args, data_args, lora_args, training_args):
+    """Raise an error for what cannot be done, or not in the way that it was started, before anything is loaded."""
+    preconditions.check(model_args, data_args, lora_args, training_args)
+    launching.check_launch(training_args)
+    if training_args.do_train:  # no result beside one of another kind
+        kind = "prefix" if lora_args.pre_seq_len else "adapter" if lora_args.use_lora else "full model"
         adapters.check_output_folder(Path(training_args.output_dir), kind)
 
 
@@ -977,9 +978,7 @@ def publish(trainer):
 def prepare_launch(model_args, data_args, lora_args, training_args):
     """Our messages at the level of the script's, and a look at what was asked for and how it was launched."""
     logger.setLevel(training_args.get_process_log_level())
-    preconditions.check(model_args, data_args, lora_args, training_args)
-    launching.check_launch(training_args)
-    check_output_folder(lora_args, training_args)
+    check_request(model_args, data_args, lora_args, training_args)
 
 
 def guarded_trainer(
@@ -1024,9 +1023,7 @@ def saved(trainer, guards, model_args, row_format):
 def main():
     model_args, data_args, chat_args, lora_args, training_args = parsed_arguments()
     screen.set_up_logging(training_args)
-    preconditions.check(model_args, data_args, lora_args, training_args)
-    launching.check_launch(training_args)
-    check_output_folder(lora_args, training_args)
+    check_request(model_args, data_args, lora_args, training_args)
     set_seed(training_args.seed)
 
     raw, row_format = raw_datasets(model_args, data_args, chat_args, training_args)

@@ -220,7 +220,7 @@ def check_base(adapter: str, model):
     known = [key for key in ("architecture", "weights") if here.get(key) and then.get(key)]
     if any(here[key] != then[key] for key in known):
         raise ValueError(
-            f"--adapter_name_or_path {adapter} was trained on {before} ({then['architecture']}), and the model here, "
+            f"The adapter {adapter} was trained on {before} ({then['architecture']}), and the model here, "
             f"{model.name_or_path} ({here['architecture']}), is another one: pass that base, or train a new adapter."
         )
     if "weights" not in known and Path(before).name != Path(model.name_or_path).name:
@@ -241,6 +241,6 @@ def opened_adapter(model, adapter: str, is_trainable: bool) -> peft.PeftModel:
         if re.search(r"embed|lm_head|output_layer", name):
             reason = "its tokenizer has another number of tokens: pass it with --tokenizer_name"
         raise ValueError(
-            f"--adapter_name_or_path {adapter} does not fit {model.name_or_path}: {name} is {saved} in the adapter "
+            f"The adapter {adapter} does not fit {model.name_or_path}: {name} is {saved} in the adapter "
             f"and {wanted} here. Most likely {reason}."
         ) from error

@@ -13,15 +13,14 @@ from itertools import pairwise
 import torch
 from datasets import IterableDataset
 from peft import PeftModel
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import AttentionInterface, AttentionMaskInterface
 
 
 logger = logging.getLogger("run_chatglm_lora.batches")
 
 IGNORE_INDEX = -100  # the label that torch's cross entropy leaves out
 ROWWISE = "sdpa_rowwise"
+SDPA, SDPA_MASK = AttentionInterface()["sdpa"], AttentionMaskInterface()["sdpa"]
 
 
 @dataclass
@@ -184,9 +183,9 @@ def rowwise_attention(module, query, key, value, attention_mask, row_ends=None, 
     of 8 rows.
     """
     if row_ends is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return SDPA(module, query, key, value, attention_mask, **kwargs)
     rows = [
-        sdpa_attention_forward(module, *(states[:, :, start:end] for states in (query, key, value)), None, **kwargs)[0]
+        SDPA(module, *(states[:, :, start:end] for states in (query, key, value)), None, **kwargs)[0]
         for start, end in pairwise(row_ends)
     ]
     return torch.cat(rows, dim=1), None  # [1, S, heads, d]
@@ -194,7 +193,7 @@ def rowwise_attention(module, query, key, value, attention_mask, row_ends=None, 
 
 def rowwise_mask(*args, attention_mask=None, **kwargs):
     """No mask where there is no padding: each row is causal in itself."""
-    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    return None if attention_mask is None else SDPA_MASK(*args, attention_mask=attention_mask, **kwargs)
 
 
 AttentionInterface.register(ROWWISE, rowwise_attention)

@@ -6,7 +6,6 @@ assistant message calls, `reasoning_content` what it thinks before it answers.
 """
 
 import ast
-import difflib
 import json
 import logging
 import re
@@ -22,6 +21,7 @@ from jinja2.exceptions import TemplateError
 
 from .data_files import ROW_FEATURES, check_files, dataset_of_rows, read_here
 from .file_rows import read_rows, without_nulls
+from .mistakes import did_you_mean
 
 
 logger = logging.getLogger("run_chatglm_lora.data")
@@ -150,13 +150,7 @@ def check_columns(found, columns, questions_only=False):
     needed = [found.messages] if found.messages else [found.prompt] + ([] if questions_only else [found.response])
     for name in needed:
         if name not in columns:
-            raise ValueError(f"The data have no column '{name}' but {list(columns)}.{nearest(name, columns)}")
-
-
-def nearest(name, names) -> str:
-    """A question that offers the nearest of some names, or nothing where none is near."""
-    near = difflib.get_close_matches(str(name), [str(each) for each in names], n=1)
-    return f" Did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"The data have no column '{name}' but {list(columns)}.{did_you_mean(name, columns)}")
 
 
 def format_of(columns, chat_args) -> RowFormat | None:
@@ -350,7 +344,7 @@ def asked_and_answered(row, found, place, questions_only) -> list[dict]:
     needed = [found.prompt] if questions_only or not found.response else [found.prompt, found.response]
     for name in needed:
         if name not in row:
-            raise BadRow(f"{place}: no column '{name}' but {list(row)}.{nearest(name, row)}")
+            raise BadRow(f"{place}: no column '{name}' but {list(row)}.{did_you_mean(name, row)}")
     asked, answered = (said_in(row, name, place) for name in (found.prompt, found.response))
     if isinstance(asked, list):  # its answers are examples to follow: the response is what is trained
         asked = [{**message, "loss": False} for message in asked]
@@ -423,7 +417,7 @@ def history_messages(cell, place) -> list[dict]:
 def given_messages(row, found, place) -> list[dict]:
     """The messages of a row that lists them."""
     if found.messages not in row:
-        raise BadRow(f"{place}: no column '{found.messages}' but {list(row)}.{nearest(found.messages, row)}")
+        raise BadRow(f"{place}: no column '{found.messages}' but {list(row)}.{did_you_mean(found.messages, row)}")
     listed = read_cell(row[found.messages])
     place = f"{place}, column '{found.messages}'"
     if not isinstance(listed, list) or not listed:
@@ -479,7 +473,7 @@ def checked_messages(message, place) -> list[dict]:
     name = message.get(given)
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
-        raise BadRow(f"{place}: the role {name!r} is not one of {', '.join(ROLES)}.{nearest(name, ROLES)}")
+        raise BadRow(f"{place}: the role {name!r} is not one of {', '.join(ROLES)}.{did_you_mean(name, ROLES)}")
     content = message.get(text)
     if role == "tool" and "parameters" in message:
         call = called_function(message, message["parameters"], place)

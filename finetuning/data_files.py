@@ -26,22 +26,26 @@ def check_types(files):
         raise ValueError(f"Plain text and rows do not go together: {', '.join(found.values())}.")
 
 
-def builder_options(files) -> tuple[str, dict]:
-    """What `load_dataset` reads files of plain text with, {split: paths}: the builder, and options for csv files.
-
-    Raises a ValueError if they are not of one type.
-    """
+def builder(files) -> str:
+    """What `load_dataset` reads files of plain text with, {split: paths}; ValueError if they are not of one type."""
     paths = [path for each in files.values() for path in each]
     builders = {FILE_BUILDERS.get(file_rows.type_of(path), "xlsx"): path for path in paths}
     if len(builders) > 1:
         raise ValueError(f"As plain text, all files must be of one type: {', '.join(builders.values())}.")
     if "xlsx" in builders:
         raise ValueError(f"{paths[0]}: a workbook can hold conversations, not plain text: save it as csv.")
-    (builder,) = builders
-    separators = {file_rows.separator_of(path) for path in paths} if builder == "csv" else {","}
+    return next(iter(builders))
+
+
+def builder_options(builder, files, keep_linebreaks) -> dict:
+    """What the builder is told of the files; ValueError for csv files whose cells are parted in different ways."""
+    if builder != "csv":
+        return {"keep_linebreaks": keep_linebreaks} if builder == "text" else {}
+    paths = [path for each in files.values() for path in each]
+    separators = {file_rows.separator_of(path) for path in paths}
     if len(separators) > 1:
         raise ValueError(f"The cells of {', '.join(paths)} are parted by different characters: {sorted(separators)}.")
-    return builder, {} if separators == {","} else {"sep": separators.pop()}
+    return {} if separators == {","} else {"sep": separators.pop()}
 
 
 def listed_files(value) -> list[str]:

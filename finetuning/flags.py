@@ -206,6 +206,8 @@ def check_contradictions(given, args):
     if not args.use_lora and not args.pre_seq_len and adapter:
         raise ValueError(f"--no_use_lora trains all weights and no adapter: drop it, or --{adapter[0]}.")
     shape = [name for name in (*PEFT_FIELDS, "peft_config", "peft_type") if name in given]
+    if args.pre_seq_len and shape:
+        raise ValueError(f"--pre_seq_len is ChatGLM's own prefix, without PEFT: drop it, or --{shape[0]}.")
     if args.adapter_name_or_path and shape:
         raise ValueError(
             f"--adapter_name_or_path goes on with an adapter, whose settings stand in its folder: drop --{shape[0]}, "

@@ -1,6 +1,5 @@
 """Before and after a run: mistakes in launching it that no library reports, the output folder, the process group."""
 
-import difflib
 import logging
 import os
 import tempfile
@@ -10,6 +9,8 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 from torch import distributed
+
+from .mistakes import did_you_mean
 
 
 logger = logging.getLogger("run_chatglm_lora.launching")
@@ -103,10 +104,8 @@ def check_deepspeed(config):
     }
     for prefix, (section, known) in levels.items():
         for key in section.keys() - known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-            raise ValueError(
-                f"--deepspeed: DeepSpeed has no key '{prefix}{key}' and would pass over it. Near: '{prefix}{near}'."
-            )
+            near = did_you_mean(f"{prefix}{key}", [f"{prefix}{name}" for name in known])
+            raise ValueError(f"--deepspeed: DeepSpeed has no key '{prefix}{key}' and would pass over it.{near}")
 
 
 def check_extension_locks():

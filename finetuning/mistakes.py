@@ -12,19 +12,9 @@ from functools import wraps
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from .self_checks import SelfCheckFailed
-from .training_checks import HopelessRun
-
 
 OURS = {"__main__", "run_chatglm_lora", "finetuning", "chatglm"}  # modules and packages
-SENTENCES = (
-    ValueError,
-    OSError,
-    FloatingPointError,
-    MemoryError,
-    HopelessRun,
-    SelfCheckFailed,
-)  # what we say something to people with
+SENTENCES = (ValueError, OSError, FloatingPointError, MemoryError)  # beside classes of our own
 FUSED_LAYERS = {  # layers that stand for several of other models
     "query_key_value": ("q_proj", "k_proj", "v_proj"),
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -46,7 +36,7 @@ def reported(main: Callable[[], None]) -> Callable[[], None]:
     def program():
         try:
             record(main)()
-        except SENTENCES as error:
+        except Exception as error:
             if not is_for_the_user(error):
                 raise
             if wants_traceback():
@@ -59,7 +49,7 @@ def reported(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def is_for_the_user(error: BaseException) -> bool:
-    """Whether a `raise` in a file of ours made the error, or the error is of a class of ours.
+    """Whether the error is of a class of ours, or one of `SENTENCES` that a `raise` in a file of ours made.
 
     So no raising line needs a class of its own for that, and chatglm/ none of finetuning/. An error that comes out of
     a library, or of an expression in our code (zip's, int's), was written for whoever mends the program. One that
@@ -67,6 +57,8 @@ def is_for_the_user(error: BaseException) -> bool:
     """
     if type(error).__module__.partition(".")[0] in OURS:
         return True
+    if not isinstance(error, SENTENCES):
+        return False
     frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
     raised = linecache.getline(frame.f_code.co_filename, line, frame.f_globals).lstrip().startswith("raise ")
     return raised and frame.f_globals["__name__"].partition(".")[0] in OURS

@@ -113,7 +113,7 @@ class SelfChecks(TrainerCallback):
             logger.warning(f"{probe.name}: all logits are computed, not only those that have a label: {why}.")
         if flags.no_padding_free or flags.pad_to_max_length:
             return
-        apart, why = False, why
+        apart = False
         if chosen and n_gpu > 1:
             why = "a batch is cut into shares for several GPUs: start one process for each"
         elif chosen:

@@ -31,9 +31,6 @@ from run_chatglm_lora import ChatArguments
 
 VOCABULARY, LONGEST, MOST_WEIGHTS = 96, 100, 20_000_000
 TOLERANCE = 1e-5  # relative, of a loss in float32
-WIDTHS = "hidden_size d_model n_embd embedding_size intermediate_size ffn_hidden_size ffn_dim d_ff lru_width"
-DEPTHS = "num_hidden_layers n_layer n_layers num_layers"
-EXPERTS = "num_experts num_local_experts n_routed_experts moe_num_experts"
 SIZES = {  # size: the names that it has
     64: "hidden_size d_model n_embd embedding_size intermediate_size ffn_hidden_size ffn_dim d_ff lru_width",
     4: "num_attention_heads n_head n_heads num_heads linear_num_value_heads index_n_heads encoder_attention_heads "

@@ -9,14 +9,13 @@ from zipfile import is_zipfile
 
 import peft
 import torch
-from opening import tokenizer_of
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from chatglm.native import native_config, native_tensors
 from chatglm.quantization import dequantized_weight
 from finetuning.adapters import adapter_config, base_of, local_folder
-from run_chatglm_lora import ModelArguments, loaded_config
+from run_chatglm_lora import ModelArguments, loaded_config, loaded_tokenizer
 
 
 WEIGHT_FILES = ["model.safetensors", "pytorch_model.bin"]
@@ -194,7 +193,7 @@ class Merge:
         self.base = BaseWeights(self.base_folder, self.bits)
         self.adapter.check_shapes(self.base)
         self.adapter.check_tied(self.config)
-        self.tokenizer = tokenizer_of(self.adapter_folder, self.model_arguments)
+        self.tokenizer = loaded_tokenizer(self.model_arguments, str(self.adapter_folder))
 
     def parts(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """The weights that are written for one of the base."""

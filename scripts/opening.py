@@ -1,22 +1,14 @@
 """Model and tokenizer of a folder or hub name, be it of a model or of an adapter with its base."""
 
 import importlib.util
-from pathlib import Path
 
-import peft
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 import chatglm  # noqa: F401 - makes ChatGLM known
-from finetuning.adapters import adapter_config, adapter_folder, base_of
+from finetuning.adapters import adapter_config, adapter_folder, base_of, opened_adapter
 from finetuning.prediction import with_cache_for_peft
 from run_chatglm_lora import ModelArguments, hub_options, loaded_config, loaded_tokenizer, model_class
-
-
-def tokenizer_of(folder: Path, base: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer that an adapter was trained with: saved beside it, or else the base's."""
-    own = (folder / "tokenizer_config.json").is_file()
-    return loaded_tokenizer(ModelArguments(str(folder)) if own else base)
 
 
 def opened_base(
@@ -50,13 +42,9 @@ def opened(
     base, revision = base_of(folder, base_model) if folder else (name, "main")
     arguments = ModelArguments(base, model_revision=revision, trust_remote_code=trust_remote_code)
     model = opened_base(arguments, **loading)
-    tokenizer = tokenizer_of(folder, arguments) if folder else loaded_tokenizer(arguments)
+    tokenizer = loaded_tokenizer(arguments, folder and str(folder))
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))  # as in training
     if folder:
-        try:
-            model = with_cache_for_peft(peft.PeftModel.from_pretrained(model, str(folder)))
-        except RuntimeError as error:  # load_state_dict's: sizes
-            line = next((line for line in str(error).splitlines() if "size mismatch" in line), str(error))
-            raise ValueError(f"The adapter {name} was trained on another model than {base}: {line.strip()}") from error
+        model = with_cache_for_peft(opened_adapter(model, str(folder), is_trainable=False))
     return model.eval(), tokenizer

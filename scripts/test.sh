@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Sets up .venv from the lock files where that is needed, checks the style and runs the tests: the main road on the
 # oldest supported transformers, and everything on the locked libraries.
-#     bash scripts/test.sh [pytest options]
+#     bash scripts/test.sh
+# What pytest's options choose, on the locked libraries alone:
+#     bash scripts/test.sh OPTION ...
 # Everything on the newest libraries, or with --pre on their pre-releases too, in an environment of its own:
 #     bash scripts/test.sh --newest [--pre] [pytest options]
 set -euo pipefail
@@ -30,13 +32,15 @@ bash scripts/setup.sh requirements.lock tests/requirements.lock
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 
-oldest=.venv/oldest  # laid in front of the locked libraries
-if ! cmp -s tests/oldest.lock $oldest/installed; then
-    rm -rf $oldest
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $oldest -r tests/oldest.lock
-    cp tests/oldest.lock $oldest/installed
+if [ $# = 0 ]; then
+    oldest=.venv/oldest  # laid in front of the locked libraries
+    if ! cmp -s tests/oldest.lock $oldest/installed; then
+        rm -rf $oldest
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $oldest -r tests/oldest.lock
+        cp tests/oldest.lock $oldest/installed
+    fi
+    echo "== the main road on $(cat tests/oldest.txt)"
+    PYTHONPATH=$oldest tests .venv tests/chatglm tests/test_lora.py tests/test_demo.py
 fi
-echo "== the main road on $(cat tests/oldest.txt)"
-PYTHONPATH=$oldest tests .venv tests/chatglm tests/test_lora.py tests/test_demo.py
 echo "== everything on the locked libraries"
 tests .venv "$@"

@@ -62,6 +62,7 @@ def test_trainer_flags_are_sorted_by_the_headings_of_its_docstring():
         ("--lora_r x", "--lora_r: invalid int value: 'x'"),
         ("--eval_strategy step", "--eval_strategy: invalid choice: 'step'"),
         ("--use_lora --no_use_lora", "--use_lora and --no_use_lora contradict each other"),
+        ("--pre_seq_len 8 --lora_r 16", "--pre_seq_len is ChatGLM's own prefix, without PEFT: drop it, or --lora_r."),
         ("--no_use_lora --lora_r 16", "--no_use_lora trains all weights and no adapter: drop it, or --lora_r."),
         ("--use_lora False --lora_alpha 16", "--no_use_lora trains all weights and no adapter: drop it, or --lora_al"),
         ("--no_use_lora --adapter_name_or_path x", "trains all weights and no adapter: drop it, or --adapter_name"),

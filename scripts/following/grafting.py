@@ -247,11 +247,12 @@ def graft_data(script, folder):
 
 
 def graft_configuration(script, folder):
-    """ChatGLM, known to the Auto classes before they are asked for it, and its own prefix."""
+    """ChatGLM, known to the Auto classes before they are asked for it, its own prefix, an adapter's own tokenizer."""
     calls = called("AutoConfig.from_pretrained")
     script.names["config"] = script.name_given_to(script.find(script.main, calls, "AutoConfig.from_pretrained()"))
     stage = script.stage(calls, "AutoConfig.from_pretrained()")
-    script.before(stage, "lora.register_chatglm(lora_args)")
+    own = "{model_args}.tokenizer_name = lora.tokenizer_name({model_args}, lora_args.adapter_name_or_path)"
+    script.before(stage, "lora.register_chatglm(lora_args)", *script.lines_of(own))
     script.after(stage, *script.lines_of("{config} = lora.prefix_tuning.with_prefix({config}, lora_args)"))
     return stage
 

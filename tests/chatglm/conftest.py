@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from goldens_io import GOLDENS, recorded_texts
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import chatglm  # noqa: F401
 
 
 torch.set_num_threads(2)
@@ -82,6 +84,22 @@ def v1_folder(tmp_path_factory) -> Path:
     auto_map = {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
     (folder / "tokenizer_config.json").write_text(json.dumps({**recorded["tokenizer_config"], "auto_map": auto_map}))
     return folder
+
+
+@pytest.fixture(scope="module", params=["v1", "v2", "v3", "glm4"])
+def model(request):
+    """The language model of every generation, one after the other."""
+    folder = request.getfixturevalue(f"{request.param}_folder")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def ids(model):
+    """A prompt [1, S], which ChatGLM-6B needs its two tokens in."""
+    config = model.config
+    prompt = [5, 9, 7, 11, 6, 8]
+    prompt += [config.gmask_token_id, config.bos_token_id] if hasattr(config, "position_encoding_2d") else []
+    return torch.tensor([prompt])
 
 
 # --- for modules that have a fixture `sdpa`, a model, or `published`, a tokenizer

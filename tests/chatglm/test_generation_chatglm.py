@@ -16,21 +16,6 @@ SAMPLED = {**GREEDY, "do_sample": True, "top_k": 5}
 BEAMS = {**GREEDY, "num_beams": 3}
 
 
-@pytest.fixture(scope="module", params=["v1", "v2", "v3", "glm4"])
-def model(request):
-    folder = request.getfixturevalue(f"{request.param}_folder")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-@pytest.fixture
-def ids(model):
-    """A prompt [1, S], which ChatGLM-6B needs its two tokens in."""
-    config = model.config
-    prompt = [5, 9, 7, 11, 6, 8]
-    prompt += [config.gmask_token_id, config.bos_token_id] if hasattr(config, "position_encoding_2d") else []
-    return torch.tensor([prompt])
-
-
 def padded(ids, model, size=3):
     """The prompt behind padding, and its mask."""
     padding = torch.full((len(ids), size), model.config.pad_token_id or 0)

@@ -13,20 +13,6 @@ from chatglm.library_names import CACHE, RENAMED
 LOST = ["past_states", "attn_mask", "positions", "token_type_ids", "head_mask"]
 
 
-@pytest.fixture(scope="module", params=["v1", "v2", "v3", "glm4"])
-def model(request):
-    folder = request.getfixturevalue(f"{request.param}_folder")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-@pytest.fixture
-def ids(model):
-    config = model.config
-    prompt = [5, 9, 7, 11, 6, 8]
-    prompt += [config.gmask_token_id, config.bos_token_id] if hasattr(config, "position_encoding_2d") else []
-    return torch.tensor([prompt])
-
-
 def forwards(model) -> list:
     """Every public forward: the head model's, that of its body, a layer's and an attention's."""
     body = model.transformer
