@@ -321,8 +321,9 @@ def raw_datasets(model_args, data_args, chat_args, training_args):
     raw, row_format = chat_rows.read(files, chat_args, data_args.streaming, model_args.cache_dir, training_args.seed)
     if raw is None:
         if data_args.dataset_name is None:
-            source, options["data_files"] = (data_files.builder(files),), files
-            options |= data_files.builder_options(source[0], files, data_args.keep_linebreaks)
+            builder = data_files.builder(files)
+            more = data_files.builder_options(builder, files, data_args.keep_linebreaks)
+            source, options = (builder,), {**options, "data_files": files, **more}
         raw = load_dataset(*source, **options)
         columns = {split: column_names(rows) for split, rows in raw.items()}
         row_format = chat_rows.format_of(columns, chat_args)

@@ -74,6 +74,11 @@ def adapter_folder(name: str) -> Path | None:
     return local_folder(name) if found else None
 
 
+def is_folder_that_is_gone(name: str) -> bool:
+    """Whether a name can only be that of a folder, and there is none."""
+    return not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1)
+
+
 def base_of(adapter: Path, override: str | None) -> tuple[str, str]:
     """Name and revision of the model that an adapter changes: `override`, or what was noted when it was trained.
 
@@ -85,7 +90,7 @@ def base_of(adapter: Path, override: str | None) -> tuple[str, str]:
     name = config.base_model_name_or_path
     if not name:
         raise ValueError(f"{adapter}/adapter_config.json names no base model: pass --base_model.")
-    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
+    if is_folder_that_is_gone(name):
         raise ValueError(f"The base model of {adapter} is not at {name} any more: pass its place with --base_model.")
     record = adapter / "provenance.json"  # of run_chatglm_lora.py
     noted = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
@@ -177,7 +182,7 @@ def base_content(name: str, revision: str | None = None) -> dict | None:
 
     The hash is None for weights that are not in safetensors; the result for a name that is no model here, or for none.
     """
-    if not name:  # a model from scratch
+    if not name or is_folder_that_is_gone(name):  # a model from scratch has no name
         return None
     path = cached_file(name, "config.json", revision=revision, **NOT_FOUND_IS_NONE)
     if path is None:

@@ -39,8 +39,10 @@ def builder(files) -> str:
 
 def builder_options(builder, files, keep_linebreaks) -> dict:
     """What the builder is told of the files; ValueError for csv files whose cells are parted in different ways."""
+    if builder == "text":
+        return {"keep_linebreaks": keep_linebreaks}
     if builder != "csv":
-        return {"keep_linebreaks": keep_linebreaks} if builder == "text" else {}
+        return {}
     paths = [path for each in files.values() for path in each]
     separators = {file_rows.separator_of(path) for path in paths}
     if len(separators) > 1:

@@ -53,6 +53,8 @@ SIZES = {name: size for size, names in SIZES.items() for name in names.split()}
 OWN_SIZES = {  # where the names above do not fit together
     "dots1": {"num_key_value_heads": 4, "first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "n_groups": 1},
     "plbart": {"encoder_attention_heads": 4},
