@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny import write_jsonl
 
-from finetuning.data_files import builder_options, check_types, listed_files
+from finetuning.data_files import builder, builder_options, check_types, listed_files
 from finetuning.file_rows import read_rows
 
 
@@ -31,4 +31,5 @@ def test_types_may_differ_but_for_plain_text(tmp_path):
 
 def test_plain_text_of_csv_files_is_read_with_their_separator(tmp_path):
     (tmp_path / "a.csv").write_text("text;label\na;1\nb;2\n")
-    assert builder_options({"train": [str(tmp_path / "a.csv")]}) == ("csv", {"sep": ";"})
+    files = {"train": [str(tmp_path / "a.csv")]}
+    assert builder(files) == "csv" and builder_options("csv", files, keep_linebreaks=True) == {"sep": ";"}

@@ -39,7 +39,10 @@ STAGES = [
         "Configuration and tokenizer",
     ),
     Stage(
-        "tokenizer", "tokenizer_kwargs tokenizer", "loaded_tokenizer with_chat_template", "Configuration and tokenizer"
+        "tokenizer",
+        "tokenizer_kwargs tokenizer",
+        "tokenizer_name loaded_tokenizer with_chat_template",
+        "Configuration and tokenizer",
     ),
     Stage(
         "model",
