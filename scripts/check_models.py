@@ -193,7 +193,7 @@ def main():
     )
     types = parser.parse_args().types or [*CHATGLM, *sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)]
     transformers.logging.set_verbosity_error()
-    logging.disable(logging.WARNING)
+    logging.getLogger("run_chatglm_lora").setLevel(logging.ERROR)  # the table says it
     print(
         f"transformers {transformers.__version__}\n\n| type | batches | answers | why |\n|---|---|---|---|", flush=True
     )
