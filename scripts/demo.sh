@@ -5,7 +5,7 @@
 #     bash scripts/demo.sh [OUTPUT_DIR]
 #
 # What an earlier run left in the output folder is used again; delete it to start over. With PYTHON=... in the
-# environment that interpreter is used as it is, and nothing is installed.
+# environment that interpreter is used as it is, and nothing is installed; DEMO_FLAGS=--bf16 or so takes a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -n "${PYTHON:-}" ] || bash scripts/setup.sh requirements.lock
@@ -17,7 +17,7 @@ data=(--train_file examples/teahouse.jsonl --test_file examples/teahouse.jsonl
       --prompt_column prompt --response_column response --history_column history)
 run() {
     "$python" run_chatglm_lora.py --model_name_or_path "$out/model" "${data[@]}" \
-        --use_cpu --report_to none --log_level warning --per_device_eval_batch_size 36 "$@"
+        ${DEMO_FLAGS:---use_cpu} --report_to none --log_level warning --per_device_eval_batch_size 36 "$@"
 }
 
 if [ ! -f "$out"/model/model.safetensors ]; then
