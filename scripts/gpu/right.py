@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.utils import compile_regions
 from benchmark import adapted, random_model, random_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
@@ -135,12 +136,12 @@ def cached(shape, device):
 
 
 def compiled(shape, device):
-    """torch.compile against none, in float32. On a CPU only the tracing is tried: the compiler takes minutes."""
+    """Compiled layers against others, in float32. On a CPU only the tracing is tried: the compiler takes minutes."""
     backend = "inductor" if device == "cuda" else "aot_eager"
     model = adapted(random_model(shape, device).float()).train()
     batch = PaddedCollator(0, answers_only=True)(random_rows(4, model.config))
     error = trained_alike(
-        model, batch, torch.compile(copy.deepcopy(model), dynamic=True, backend=backend), batch, device
+        model, batch, compile_regions(copy.deepcopy(model), dynamic=True, backend=backend), batch, device
     )
     return {"error": error, "bound": BOUNDS[torch.float32]}
 
