@@ -38,6 +38,12 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
+
+if __name__ == "__main__" and importlib.util.find_spec("finetuning"):
+    from finetuning import flag_names
+
+    flag_names.check(__file__)  # a misspelt flag is told at once: what follows takes seconds
+
 import datasets
 import peft
 import tokenizers
