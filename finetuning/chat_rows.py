@@ -12,7 +12,6 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
-from operator import itemgetter
 from pathlib import Path
 
 import datasets
@@ -665,7 +664,8 @@ def with_trained_tokens(encoded, split, rows, chat_args, training_args):
         if share > 0.01:
             limit = f"--{flag} {getattr(chat_args, flag)}"
             logger.warning(f"{share:.1%} of the {split} examples are cut by {limit}: raise it to keep all of them.")
-    if lacking := sorted({row + 1 for row in encoded.filter(itemgetter("left_out"))["row"]}):
+    numbers = encoded.with_format("numpy")
+    if lacking := (np.unique(numbers["row"][:][numbers["left_out"][:]]) + 1).tolist():
         logger.warning(
             f"The chat template leaves out the content of a message in {len(lacking)} of {len(rows)} {split} rows: "
             f"{str(lacking)[1:501]}"
