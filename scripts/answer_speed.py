@@ -9,7 +9,8 @@ static       the same with a static cache, without compilation
 continuous   `generate_batch`: a row that is finished makes room for the next
 
 The model is random (float32 on a CPU, bfloat16 on a GPU) with LoRA on all linear layers; the questions are random
-tokens in AdvertiseGen's lengths. One token in a hundred ends an answer, so that the lengths of the answers differ.
+tokens in AdvertiseGen's lengths. One token in a hundred would end an answer, but a random model hardly says one: all
+answers are as long as they may be, which is the worst case for `continuous`.
 """
 
 import argparse
