@@ -166,10 +166,7 @@ def page(bot: Chatbot, system: str | None, name: str, examples: list[str] | None
         view.undo(lambda shown: (shown[:-2], shown[-2]["content"]), view, [view, box], **quick)
         view.change(None, view, kept, js="shown => [shown]")
         interface.load(end, kept, [view, box], **quick)
-        written = save.click(
-            lambda shown, system: training_row(said(shown, system), bot.tools), [view, inputs[0]], row
-        )
-        written.then(None, row, None, js=DOWNLOAD)
+        save.click(written, [view, inputs[0]], row).then(None, row, None, js=DOWNLOAD)
         shade.click(None, js="() => document.body.classList.toggle('dark')")
     return interface
 
