@@ -28,6 +28,7 @@ TRANSLATIONS = gradio.I18n(**{place: WORDS[place[:2]] for place in ("en", "zh", 
 # Whatever a message holds and whatever Gradio comes to ask for: the browser loads nothing from another computer.
 NOTHING_FROM_ELSEWHERE = """<meta http-equiv="Content-Security-Policy"
     content="default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'">"""
+OPEN_WHERE_WIDE = "() => ({__type__: 'update', open: innerWidth > 900})"
 DOWNLOAD = """text => Object.assign(document.createElement("a"), {
     href: URL.createObjectURL(new Blob([text])), download: "conversation.jsonl"}).click()"""
 
@@ -127,7 +128,7 @@ def page(bot: Chatbot, system: str | None, name: str, examples: list[str] | None
         view = gradio.HTML([], js_on_load=script, elem_id="conversation", **frame, **told)
         hint = {"placeholder": say("hint"), "show_label": False, "elem_id": "box"}
         box = gradio.Textbox(autofocus=True, max_lines=8, **hint, **resting)
-        with gradio.Sidebar(position="right"):
+        with gradio.Sidebar(position="right", open=False) as panel:
             new = gradio.Button(say("new"), variant="primary", size="md")
             inputs = settings(bot, system)
             save, shade = gradio.Button(say("save"), size="md"), gradio.Button(say("shade"), size="md")
@@ -167,6 +168,7 @@ def page(bot: Chatbot, system: str | None, name: str, examples: list[str] | None
         view.change(None, view, kept, js="shown => [shown]")
         interface.load(end, kept, [view, box], **quick)
         save.click(written, [view, inputs[0]], row).then(None, row, None, js=DOWNLOAD)
+        interface.load(None, None, panel, js=OPEN_WHERE_WIDE)
         shade.click(None, js="() => document.body.classList.toggle('dark')")
     return interface
 

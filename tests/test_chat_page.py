@@ -188,7 +188,7 @@ def test_failure_is_a_message_and_the_page_goes_on_also_after_a_reload(served, p
 def test_text_is_shown_as_written_and_code_as_code(served, page):
     bot, _ = served
     text = "<img src=http://127.0.0.1:9/x.png> ![a](http://127.0.0.1:9/y.png) a<b &lt; &amp; ${1+1} `x` **_y_**\n  <div>z</div>"
-    code = "#include <vector>\nif (a<b && c) { s = \"<div>\"; }"
+    code = '#include <vector>\nif (a<b && c) { s = "<div>"; }'
     bot.script = [say(f"{text}\n```cpp\n{code}\n```\nlast <!-- line -->")]
     (answer,) = ask(page, text, 1)
     assert shown(page, ".assistant .prose > p") == [text, "last <!-- line -->"]
@@ -200,12 +200,17 @@ def test_text_is_shown_as_written_and_code_as_code(served, page):
 
 def test_browser_loads_nothing_from_elsewhere_not_even_when_a_page_asks_for_it(served, page):
     _, url = served
-    image = "const image = new Image(); image.onerror = () => arguments[0](true); image.src = 'http://localhost:9/x.png'"
+    image = (
+        "const image = new Image(); image.onerror = () => arguments[0](true); image.src = 'http://localhost:9/x.png'"
+    )
     assert page.execute_async_script(image)
     events = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
     sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    blocked = {event["params"]["requestId"] for event in events if event["method"] == "Network.loadingFailed"
-               and event["params"].get("blockedReason") == "csp"}
+    blocked = {
+        event["params"]["requestId"]
+        for event in events
+        if event["method"] == "Network.loadingFailed" and event["params"].get("blockedReason") == "csp"
+    }
     left = [request["request"]["url"] for request in sent if request["requestId"] not in blocked]
     assert len(left) > 20 and not [one for one in left if not one.startswith((url, "data:", "blob:"))]
 
@@ -254,7 +259,9 @@ def test_conversation_with_a_tool_is_downloaded_as_a_row_that_training_reads(ser
     bot.script = [say('{"city": "杭州"}', metadata="weather")]
     press(page, ".examples button")
     until(lambda: complete(page, 1) is not None and find(page, ".call b"))
-    assert shown(page, ".assistant .call b") == ["weather"] and shown(page, ".assistant .call code") == ['{"city": "杭州"}']
+    assert shown(page, ".assistant .call b") == ["weather"] and shown(page, ".assistant .call code") == [
+        '{"city": "杭州"}'
+    ]
     bot.script = [say("<think>It rains\nthere.</think>Take an umbrella.")]
     ask(page, "rain", 2)
     assert shown(page, ".assistant .prose") == ["Take an umbrella."] and shown(page, ".observation code") == ["rain"]
@@ -274,7 +281,9 @@ def test_phone_in_chinese_is_as_wide_as_its_screen_and_keeps_a_conversation_of_i
         assert shown(phone, ".user") == ["yours"] and shown(page, ".user") == ["mine"]
         assert bot.asked[-1] == [("system", "be brief"), ("user", "yours")]
         assert phone.execute_script("return document.documentElement.scrollWidth") == 390
-        assert phone.execute_script("const main = document.querySelector('main.busy, #conversation main');"
-                                    "return main.scrollWidth <= main.clientWidth")
+        assert phone.execute_script(
+            "const main = document.querySelector('main.busy, #conversation main');"
+            "return main.scrollWidth <= main.clientWidth"
+        )
     finally:
         phone.quit()
