@@ -131,7 +131,8 @@ def page(bot: Chatbot, system: str | None, name: str, examples: list[str] | None
         with gradio.Sidebar(position="right", open=False) as panel:
             new = gradio.Button(say("new"), variant="primary", size="md")
             inputs = settings(bot, system)
-            save, shade = gradio.Button(say("save"), size="md"), gradio.Button(say("shade"), size="md")
+            save = gradio.Button(say("save"), size="md", elem_id="download")
+            shade = gradio.Button(say("shade"), size="md")
             row = gradio.Textbox(visible=False)
 
         def begin(shown, text):

@@ -14,7 +14,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from trained import write_adapter
 
-import run_chatglm_lora
+from finetuning.chat_rows import columns_of_rows, conversation, row_format
+from finetuning.file_rows import read_rows
+from run_chatglm_lora import ChatArguments
 
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -79,8 +81,13 @@ def started(folder, language, **options_of_chrome):
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    driver = started(tmp_path_factory.mktemp("browser"), "en-US")
+def downloads(tmp_path_factory):
+    return tmp_path_factory.mktemp("browser")
+
+
+@pytest.fixture(scope="module")
+def browser(downloads):
+    driver = started(downloads, "en-US")
     yield driver
     driver.quit()
 
@@ -187,7 +194,9 @@ def test_failure_is_a_message_and_the_page_goes_on_also_after_a_reload(served, p
 
 def test_text_is_shown_as_written_and_code_as_code(served, page):
     bot, _ = served
-    text = "<img src=http://127.0.0.1:9/x.png> ![a](http://127.0.0.1:9/y.png) a<b &lt; &amp; ${1+1} `x` **_y_**\n  <div>z</div>"
+    text = (
+        "<img src=http://localhost:9/x.png> ![](http://localhost:9/y.png)\n  a<b &lt; ${1+1} `x` **_y_** <div>z</div>"
+    )
     code = '#include <vector>\nif (a<b && c) { s = "<div>"; }'
     bot.script = [say(f"{text}\n```cpp\n{code}\n```\nlast <!-- line -->")]
     (answer,) = ask(page, text, 1)
@@ -250,23 +259,29 @@ def test_settings_reach_the_model_and_the_base_answers_beside_the_adapter(served
     set_slider(page, "Top-p", "0.9")
     ask(page, "again", 2)
     assert bot.options_used == {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 12}
-    assert shown(page, "header h1") == ["runs/tea"[:0] + shown(page, "header h1")[0]]
+    assert shown(page, "header h1")[0].endswith("/tea")
+    assert "adapter · base" in shown(page, "header p")[0] and "chatglm3 · float32 · cpu" in shown(page, "header p")[0]
     assert "tokens/s" in shown(page, ".assistant small")[0]
 
 
-def test_conversation_with_a_tool_is_downloaded_as_a_row_that_training_reads(served, page, run):
+def test_calls_and_thoughts_are_told_from_text_and_the_download_is_a_row_that_training_reads(served, page, downloads):
     bot, _ = served
-    bot.script = [say('{"city": "杭州"}', metadata="weather")]
+    call = '{"city": "杭州"}'
+    bot.script = [say(call, metadata="weather")]
     press(page, ".examples button")
-    until(lambda: complete(page, 1) is not None and find(page, ".call b"))
-    assert shown(page, ".assistant .call b") == ["weather"] and shown(page, ".assistant .call code") == [
-        '{"city": "杭州"}'
-    ]
+    until(lambda: find(page, ".call b"))
+    complete(page, 1)
+    assert shown(page, ".assistant .call b") == ["weather"] and shown(page, ".assistant .call code") == [call]
     bot.script = [say("<think>It rains\nthere.</think>Take an umbrella.")]
-    ask(page, "rain", 2)
-    assert shown(page, ".assistant .prose") == ["Take an umbrella."] and shown(page, ".observation code") == ["rain"]
-    (folded,) = find(page, "details.thought")
-    assert folded.text == "Thought" and not folded.get_attribute("open")
+    assert ask(page, "rain", 2) == ["Take an umbrella."]
+    assert shown(page, ".observation code") == ["rain"]
+    assert shown(page, "details.thought:not([open])") == ["Thought"]
+    press(page, "#download")
+    path = until(lambda: list(downloads.glob("*.jsonl")))[0]
+    rows = list(read_rows([str(path)]))
+    messages = conversation(rows[0], row_format(columns_of_rows(rows), ChatArguments()), "row 1")
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "observation", "assistant"]
+    assert [message["content"] for message in messages][2:] == [call, "rain", bot.script[0]["content"]]
 
 
 def test_phone_in_chinese_is_as_wide_as_its_screen_and_keeps_a_conversation_of_its_own(served, page, tmp_path):
