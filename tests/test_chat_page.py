@@ -33,7 +33,7 @@ class Told(chatbot.Chatbot):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.script, self.asked, self.said, self.options_used = None, [], [], {}
+        self.script, self.asked, self.said, self.options_used, self.pause = None, [], [], {}, {True: 0.02, False: 0.02}
 
     def prompt(self, messages, *args):
         self.asked.append([(message["role"], message["content"]) for message in messages])
@@ -45,7 +45,7 @@ class Told(chatbot.Chatbot):
             if isinstance(message, Exception):
                 raise message
             self.said.append(message["content"])
-            time.sleep(0.02)
+            time.sleep(self.pause[from_base])
             yield message
 
 
@@ -156,10 +156,10 @@ def said_by(bot, messages, from_base=False):
     return [message["content"] for message in chatbot.Chatbot.answer(bot, ids, from_base)][-1]
 
 
-def test_answer_streams_stops_and_the_next_turn_knows_it(served, page):
+def test_answer_streams_stops_and_the_next_turn_knows_it(served, page, monkeypatch):
     bot, _ = served
     set_slider(page, "Longest answer", "400")
-    bot.options["min_new_tokens"] = 400
+    monkeypatch.setitem(bot.options, "min_new_tokens", 400)
     ask(page, "first question")
     early = until(lambda: [text for text in shown(page, ".assistant .prose") if text])
     until(lambda: len(shown(page, ".assistant .prose")[0]) > len(early[0]))
@@ -167,7 +167,7 @@ def test_answer_streams_stops_and_the_next_turn_knows_it(served, page):
     (answer,) = complete(page, 1)
     assert "stopped" in shown(page, ".assistant small")[0]
     count = len(bot.said)
-    bot.options["min_new_tokens"] = 12
+    monkeypatch.setitem(bot.options, "min_new_tokens", 12)
     set_slider(page, "Longest answer", "12")
     ask(page, "second question", 2)
     assert count < 390
@@ -266,6 +266,19 @@ def test_settings_reach_the_model_and_the_base_answers_beside_the_adapter(served
     assert "tokens/s" in shown(page, ".assistant small")[0]
 
 
+def test_stop_while_the_base_answers_gives_the_adapter_back(served, page, monkeypatch):
+    bot, _ = served
+    monkeypatch.setitem(bot.pause, True, 0.4)
+    press(page, "input[type=checkbox]")
+    ask(page, "first")
+    until(lambda: shown(page, ".base .prose") not in ([], [""]))
+    assert not bot.model.get_model_status().enabled
+    press(page, "#box .stop-button")
+    complete(page, 1)
+    until(lambda: bot.model.get_model_status().enabled is True)
+    assert len(shown(page, ".assistant small")) == 2
+
+
 def test_calls_and_thoughts_are_told_from_text_and_the_download_is_a_row_that_training_reads(served, page, downloads):
     bot, _ = served
     call = '{"city": "杭州"}'
@@ -286,6 +299,7 @@ def test_calls_and_thoughts_are_told_from_text_and_the_download_is_a_row_that_tr
     assert [message["content"] for message in messages][2:] == [call, "rain", bot.script[0]["content"]]
 
 
+@pytest.mark.slow
 def test_phone_in_chinese_is_as_wide_as_its_screen_and_keeps_a_conversation_of_its_own(served, page, tmp_path):
     bot, url = served
     bot.script = [say("x" * 300 + "\n```\n" + "y " * 300 + "\n```" + "\nline" * 60)]
