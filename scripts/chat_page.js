@@ -147,7 +147,8 @@ function welcome() {
 
 let drawn = []; // what the articles were made of
 function draw() {
-    const messages = props.value ?? [];
+    const messages = props.value;
+    if (!Array.isArray(messages)) return; // what the browser has kept is still to come
     const follow = main.scrollHeight - main.scrollTop - main.clientHeight < 80;
     if (!messages.length) main.replaceChildren(welcome());
     else if (!drawn.length) main.replaceChildren();

@@ -64,16 +64,19 @@ def reason(error: Exception) -> str:
 
 def timed_answer(bot: Chatbot, messages: list[dict], from_base: bool, length: int, **sampling) -> Iterator[dict]:
     """The answer as far as it has come, with its tokens and seconds; where it fails, with the reason. Never raises."""
-    answer, begin = {"role": "assistant", "content": ""}, time.perf_counter()
+    answer, begin, drawn = {"role": "assistant", "content": ""}, time.perf_counter(), 0
     try:
         ids, dropped = bot.prompt(messages, length)
         for message in bot.answer(ids, from_base, max_new_tokens=length, **sampling):
             seconds = time.perf_counter() - begin
             answer = {**message, "tokens": bot.generated, "seconds": seconds, "dropped": dropped}
-            yield answer
+            if seconds - drawn > 0.1:  # a browser that has to draw every token comes behind
+                drawn = seconds
+                yield answer
     except Exception as error:  # whatever it is, the page goes on
         logger.exception("There is no answer.")
-        yield {**answer, "error": reason(error)}
+        answer = {**answer, "error": reason(error)}
+    yield answer
 
 
 def answered(bot: Chatbot, shown: list[dict], system, temperature, top_p, length, compare) -> Iterator[list[dict]]:
@@ -125,7 +128,7 @@ def page(bot: Chatbot, system: str | None, name: str, examples: list[str] | None
         kept = gradio.BrowserState([], storage_key=f"chat with {name}", secret="none")
         frame = {"html_template": "<header></header><main aria-live='polite'></main>", "apply_default_css": False}
         told = {"words": WORDS, "about": head, "examples": examples}
-        view = gradio.HTML([], js_on_load=script, elem_id="conversation", **frame, **told)
+        view = gradio.HTML(js_on_load=script, elem_id="conversation", **frame, **told)
         hint = {"placeholder": say("hint"), "show_label": False, "elem_id": "box"}
         box = gradio.Textbox(autofocus=True, max_lines=8, **hint, **resting)
         with gradio.Sidebar(position="right", open=False) as panel:
