@@ -23,8 +23,7 @@ with contextlib.suppress(ImportError):  # Windows has none, and its terminal edi
 
 import torch
 import transformers
-from chat_page import page, serve
-from chatbot import Chatbot, is_call, next_message, text_of
+from chatbot import Chatbot, is_call, next_message, text_of, training_row
 from opening import opened
 
 from finetuning.self_checks import SelfCheckFailed, check_answers
@@ -87,6 +86,7 @@ def parsed_arguments() -> argparse.Namespace:
     page.add_argument("--web", action="store_true", help="serve a page; needs gradio")
     page.add_argument("--host", default="127.0.0.1", help="0.0.0.0: let other computers in (default: this one alone)")
     page.add_argument("--port", type=int, default=7860)
+    page.add_argument("--example", metavar="TEXT", action="append", help="a question to offer; may be given again")
     return parser.parse_args()
 
 
@@ -175,7 +175,6 @@ class Conversation:
         return True
 
     def save(self, path: str):
-        row = {"messages": self.messages, **({"tools": self.bot.tools} if self.bot.tools else {})}
         if not path or not any(message["role"] == "assistant" for message in self.messages):
             print(
                 "(/save FILE appends a conversation that has an answer: name the file.)"
@@ -185,7 +184,7 @@ class Conversation:
             return
         try:
             with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(training_row(self.messages, self.bot.tools))
         except OSError as error:
             print(f"(Not saved: {error})")
         else:
@@ -294,7 +293,7 @@ def chatbot(arguments: argparse.Namespace) -> Chatbot:
 def main():
     arguments = parsed_arguments()
     if arguments.web and not importlib.util.find_spec("gradio"):
-        sys.exit("chat.py: --web needs gradio: pip install 'gradio>=6'")
+        sys.exit("chat.py: --web needs gradio: pip install 'gradio>=6.10'")
     transformers.utils.logging.set_verbosity_error()
     try:
         bot = chatbot(arguments)
@@ -303,7 +302,9 @@ def main():
             system = [{"role": "system", "content": arguments.system}] if arguments.system else []
             printed(bot, [*system, {"role": "user", "content": text}], stream=sys.stdout.isatty())
         elif arguments.web:
-            serve(page(bot, arguments.system, Path(arguments.model).name), arguments.host, arguments.port)
+            from chat_page import page, serve  # late: gradio is optional, and takes seconds
+
+            serve(page(bot, arguments.system, arguments.model, arguments.example), arguments.host, arguments.port)
         else:
             converse(Conversation(bot, arguments.system))
     except KeyboardInterrupt:

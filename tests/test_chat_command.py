@@ -281,7 +281,7 @@ def test_sampling_flags_sample_and_the_seed_repeats(llama, run_chat):
         ("chatglm3", ["--max_new_tokens", "0"], "--max_new_tokens must be at least 1, not 0"),
         ("chatglm3", ["--base_model", "x"], "is no adapter .* --base_model is for adapters"),
         ("chatglm3", ["--load_in_4bit"], "--load_in_4bit needs bitsandbytes: pip install bitsandbytes"),
-        ("chatglm3", ["--web"], "--web needs gradio: pip install 'gradio>=6'"),
+        ("chatglm3", ["--web"], "--web needs gradio: pip install 'gradio>=6.10'"),
     ],
 )
 def test_mistakes_get_a_sentence(model, flags, sentence, run_chat, request, tmp_path, monkeypatch):
