@@ -263,6 +263,11 @@ class LoraArguments:
     )
     load_in_4bit: bool = argument(False, "Quantise the base to 4 bits while loading (QLoRA; needs bitsandbytes).")
     load_in_8bit: bool = argument(False, "Quantise the base to 8 bits while loading (needs bitsandbytes).")
+    attn_implementation: str = argument(
+        "auto",
+        "eager, sdpa, flex_attention, flash_attention_2, flash_attention_3 or a kernel of the hub, such as "
+        "kernels-community/flash-attn2; auto: sdpa where the model has it, by one call for rows end to end on a GPU.",
+    )
     use_checkpoint_code: bool = argument(False, "Use a ChatGLM checkpoint's own code; needs --trust_remote_code.")
     plot_loss: bool = argument(True, "Draw the losses into training_loss.png at the end (needs matplotlib).")
 
@@ -774,12 +779,13 @@ def loaded_model(model_args, lora_args, training_args, config, tokenizer):
     """The model, from the checkpoint or from scratch, with an embedding for every token of the tokenizer."""
     if model_args.model_name_or_path:
         dtype = model_args.dtype if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
-        options = {**hub_options(model_args), **quantization_options(lora_args, training_args)}
+        options = {**hub_options(model_args), **loading_options(lora_args, training_args)}
         name = model_args.model_name_or_path
         model = model_class(config).from_pretrained(name, config=config, dtype=dtype, **options)
         logger.info(f"Code of the model: {provenance.code_in_words(model)}")
     else:
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
+        options = attention_options(lora_args)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code, **options)
         count = sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())  # shared tensors once
         logger.info(f"A new model with {count / 2**20:.2f}M parameters")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # under ZeRO-3 the weight itself is empty
@@ -787,10 +793,15 @@ def loaded_model(model_args, lora_args, training_args, config, tokenizer):
     return model
 
 
-def quantization_options(lora_args, training_args):
-    """from_pretrained options for --load_in_4bit (NF4 with double quantisation, as QLoRA) and --load_in_8bit."""
+def attention_options(lora_args):
+    return {} if lora_args.attn_implementation == "auto" else {"attn_implementation": lora_args.attn_implementation}
+
+
+def loading_options(lora_args, training_args):
+    """from_pretrained options for the attention, --load_in_4bit (NF4, double quantisation, as QLoRA) and 8bit."""
+    options = attention_options(lora_args)
     if not (lora_args.load_in_4bit or lora_args.load_in_8bit):
-        return {}
+        return options
     if not lora_args.use_lora:
         raise ValueError("Quantised weights cannot be trained: drop --no_use_lora, --load_in_4bit or --load_in_8bit.")
     config = BitsAndBytesConfig(
@@ -800,7 +811,7 @@ def quantization_options(lora_args, training_args):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float16 if training_args.fp16 else torch.bfloat16,
     )
-    options = {"quantization_config": config}
+    options |= {"quantization_config": config}
     if not is_deepspeed_zero3_enabled():  # which deals the model out itself
         options["device_map"] = {"": training_args.device}
     return options

@@ -11,7 +11,7 @@ import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import cycle, islice, pairwise
+from itertools import cycle, islice
 
 import torch
 import transformers
@@ -21,14 +21,15 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .batches import (
     IGNORE_INDEX,
-    ROWWISE,
     FlattenedCollator,
     PaddedCollator,
     base_of,
     learns_prompt,
+    single_rows,
     takes_logits_to_keep,
 )
 from .prediction import left_padded
+from .row_attention import row_attentions
 from .versions import NEWEST, OLDEST
 
 
@@ -80,7 +81,7 @@ class SelfChecks(TrainerCallback):
         began = time.perf_counter()
         autocast = [torch.bfloat16] * args.bf16 + [torch.float16] * args.fp16
         with evaluated(model):
-            probe = Probe(model, self.pad_token_id, rounding_unit(model, autocast))
+            probe = Probe(model, self.pad_token_id, rounding_unit(model, autocast), next(iter(autocast), None))
             if args.do_train or args.do_eval:
                 self.check_losses(probe, self.data["train" if args.do_train else "validation"], args)
             prompts = [self.data[split] for split in ("test", "questions") if split in self.data]
@@ -163,11 +164,15 @@ def check_cached(moved, bound, name):
 
 @dataclass
 class Probe:
-    """A model in evaluation mode; `unit` is the relative rounding error of one of its numbers."""
+    """A model in evaluation mode; `unit` is the relative rounding error of one of its numbers.
+
+    `autocast` is the dtype that a mixed-precision training computes in.
+    """
 
     model: torch.nn.Module
     pad_token_id: int
     unit: float
+    autocast: torch.dtype | None = None
 
     @property
     def name(self) -> str:
@@ -246,15 +251,17 @@ class Probe:
         long_alone = self.padded([long], answers_only=True, multiple_of=1)
         expected = torch.cat([alone[:count], long_alone, alone[count:]])
         rows = [rows[0], long, *rows[1:]]
-        own = self.base.config._attn_implementation
-        for attention in [ROWWISE, own] if own == "sdpa" else [own]:
-            if own == "sdpa":
+        own, device = self.base.config._attn_implementation, next(self.model.parameters()).device
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        for attention in row_attentions(own, device.type, self.autocast or self.base.dtype, capability):
+            if attention != self.base.config._attn_implementation:
                 self.base.set_attn_implementation(attention)
             logits, why = tried(lambda: self.logits(FlattenedCollator()(rows)))
             apart, why = self.alike(logits, expected, rows, "end to end", why)
             apart, why = self.without_neighbours(logits, rows) if apart else (False, why)
             if apart:
                 break
+            logger.info(f"{self.name}: attention {attention} does not keep rows end to end apart: {why}.")
         return apart, why
 
     def without_neighbours(self, logits, rows) -> tuple[bool, str | None]:
@@ -362,11 +369,7 @@ def label_count(row) -> int:
 
 def short_rows(data) -> list[dict]:
     """The three shortest of the first rows that have a label; packs are taken apart."""
-    rows = []
-    for row in islice(data, ROWS_LOOKED_AT):
-        positions = row.get("position_ids") or range(len(row["input_ids"]))
-        ends = [i for i, position in enumerate(positions) if position == 0] + [len(row["input_ids"])]
-        rows += [{name: list(row[name][a:b]) for name in ("input_ids", "labels")} for a, b in pairwise(ends)]
+    rows = [single for row in islice(data, ROWS_LOOKED_AT) for single in single_rows(row)]
     rows = sorted((row for row in rows if label_count(row)), key=lambda row: len(row["input_ids"]))
     return (rows * 3)[:3]
 

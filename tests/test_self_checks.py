@@ -10,7 +10,7 @@ from tiny import CHAT_FLAGS, losses
 from trained import script
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, LlamaModel
 
-from finetuning.batches import ROWWISE
+from finetuning.row_attention import ROWWISE
 from finetuning.self_checks import SelfCheckFailed
 
 

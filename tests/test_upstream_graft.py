@@ -254,7 +254,7 @@ LOGS = '        trainer.log_metrics("train", metrics)\n        trainer.save_metr
         ),
         (
             changed((LOAD, f"        if training_args.bf16:\n    {LOAD}'a')\n{LOAD}")),
-            "            model = lora.model_class(config).from_pretrained('a', **lora.quantization_options(",
+            "            model = lora.model_class(config).from_pretrained('a', **lora.loading_options(",
         ),
         (changed((LOGS, LOGS.replace("metrics)", "scores)")), ("metrics = train_result", "scores = train_result")),
          "        scores = lora.complete(scores)"),
