@@ -1,7 +1,7 @@
 """One call a layer for rows end to end on a GPU: which attention is taken, what the kernel is given, and the numbers.
 
 The kernel runs on GPUs only. A stand-in with its signature computes the same by sdpa, row by row; that the real one
-takes these shapes, dtypes and bounds is tried on fake tensors of a GPU.
+is called with what it takes is tried on fake tensors.
 """
 
 import inspect
@@ -144,16 +144,28 @@ def test_window_and_dropout(in_float32):
 
 @needs_kernel
 @pytest.mark.parametrize("name", ALL)
-def test_real_kernel_takes_what_it_is_given(name, request):
-    """Its own checks of shapes, and what follows in the model, on tensors of a GPU without their numbers."""
+def test_real_kernel_is_called_without_a_look_at_the_gpu(name, request):
+    """On tensors of a GPU without numbers, of which any look at a number is an error."""
     config = AutoConfig.from_pretrained(request.getfixturevalue(name))
     rows = with_marks(ROWS, config) if name == "chatglm1" else ROWS
-    batch = FlattenedCollator()(rows)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+    batch = {n: x for n, x in FlattenedCollator()(rows).items() if n not in ("labels", "logits_to_keep")}
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=VARLEN).train()
         batch = {n: x.to("cuda") if torch.is_tensor(x) else x for n, x in batch.items()}
-        states = model.base_model(**{n: x for n, x in batch.items() if n not in ("labels", "logits_to_keep")})[0]
-        assert states.device.type == "cuda" and states.dtype == torch.bfloat16
+        states = model.base_model(**batch, use_cache=False)[0]
+    assert states.device.type == "cuda" and states.dtype == torch.bfloat16
+
+
+@needs_kernel
+def test_real_kernel_has_gradients_for_shared_heads():
+    with FakeTensorMode():
+        query, key = (torch.randn(1, heads, 9, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2))
+        bounds = torch.zeros(3, dtype=torch.int32)
+        rows = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 5, "max_length_k": 5}
+        states = (query, key, key)
+        context, _ = row_attention.varlen_attention(None, *states, None, scaling=0.25, is_causal=True, **rows)
+        context.sum().backward()
+        assert context.shape == (1, 9, 4, 16) and key.grad.shape == key.shape
 
 
 @pytest.mark.parametrize("name", ["chatglm1", "chatglm3"])

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
     TextIteratorStreamer,
 )
 
@@ -133,6 +134,43 @@ def test_ordinary_mask_gives_what_the_published_mask_and_positions_give(model, r
     with torch.no_grad():
         logits = model(inputs["input_ids"], attention_mask=real.long()).logits
     assert (logits - recorded[0][f"{case}.logits"])[real].abs().max() < 1e-4
+
+
+def flat(rows) -> dict:
+    """The library's batch of rows end to end, with their bounds."""
+    return DataCollatorWithFlattening(return_flash_attn_kwargs=True)(rows)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_rows_end_to_end_give_the_padded_loss_and_gradients(attention):
+    """One with [gMASK] and one with [MASK], whose next neighbour's [gMASK] is none of its own."""
+    model = tiny_model()
+    model.set_attn_implementation(attention)
+    masked, plain = tiny_ids(filled=62)[0, :9], tiny_ids()[1]
+    ids, real = torch.full((2, 12), 3), torch.ones(2, 12).long()
+    ids[0, :9], ids[1], real[0, 9:] = masked, plain, 0
+    labels = ids.masked_fill(real == 0, -100).masked_fill(torch.arange(12) < 7, -100)
+    model(ids, attention_mask=real, labels=labels).loss.backward()
+    expected = model(ids, attention_mask=real, labels=labels).loss
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    rows = [
+        {"input_ids": row[:n].tolist(), "labels": label[:n].tolist()}
+        for row, label, n in zip(ids, labels, (9, 12), strict=True)
+    ]
+    loss = model(**flat(rows)).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
+
+
+def test_rows_end_to_end_each_need_their_own_special_tokens():
+    rows = [{"input_ids": row} for row in tiny_ids().tolist()]
+    with pytest.raises(ValueError, match="has no <sop>"):
+        tiny_model()(**flat([rows[0], {"input_ids": rows[1]["input_ids"][:6]}, rows[1]]))
+    with pytest.raises(ValueError, match="With pre_seq_len, rows cannot be flattened"):
+        tiny_model(pre_seq_len=2)(**flat(rows))
 
 
 def test_derived_positions_equal_the_original(sdpa, recorded):
