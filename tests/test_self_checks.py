@@ -62,6 +62,14 @@ def test_rows_that_would_leak_are_padded_with_a_line_that_says_so(run, tiny, fla
     assert "for each row alone" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["chatglm1", "chatglm3"])
+def test_attention_that_was_asked_for_stays_and_gives_the_same_losses(run, name, request, flags):
+    flags = ["--model_name_or_path", request.getfixturevalue(name), flags, "--lora_dropout", 0]
+    folder = run(flags, "--attn_implementation", "eager", output="eager")
+    assert (checks(folder)["batches"], checks(folder)["attention"]) == ("end to end", "eager")
+    assert losses(folder) == pytest.approx(losses(run(flags, output="auto")), rel=1e-5)
+
+
 @pytest.mark.parametrize("flag", [["--padding_free"], ["--pack_to_length", "400"]])
 def test_rows_end_to_end_that_were_asked_for_are_an_error_where_they_leak(run, tiny, flags, flag):
     match = rf"{flag[0]}: gpt_oss cannot keep rows that lie end to end apart \(the loss is .*\): drop the flag"
