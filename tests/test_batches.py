@@ -103,8 +103,8 @@ def test_training_without_padding_logs_the_losses_of_padded_training(run, chatgl
 def test_packed_training_sees_every_row_once_an_epoch(run, name, request, chats):
     flags = ["--model_name_or_path", request.getfixturevalue(name), "--train_file", chats, CHAT_FLAGS, "--do_train"]
     flags += ["--lora_dropout", 0, "--num_train_epochs", 1, "--learning_rate", 0]
-    packs = run(flags, "--pack_to_length", 2000, "--per_device_train_batch_size", 1, output="packs")
-    rows = run(flags, "--per_device_train_batch_size", 16, output="rows")
+    packs = run(flags, "--pack_to_length", 8000, "--per_device_train_batch_size", 1, output="packs")
+    rows = run(flags, "--per_device_train_batch_size", 64, output="rows")
     assert losses(packs) == pytest.approx(losses(rows), rel=1e-5) and len(losses(packs)) == 1
 
 
