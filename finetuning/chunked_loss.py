@@ -30,6 +30,7 @@ class ChunkedLoss:
         self.model, self.base = model, base_of(model)
         self.layer, self.whole = self.base.get_output_embeddings(), self.base.loss_function
         self.in_use = False  # whether states stand for logits in the pass that is under way
+        self.chosen = False  # whether its positions are those with a label: rows end to end
 
     def use(self):
         """Compute the losses of all later training steps in chunks."""
@@ -40,6 +41,7 @@ class ChunkedLoss:
 
     def begin(self, model, args, inputs):
         if model.training and inputs.get("labels") is not None:
+            self.chosen = "logits_to_keep" in inputs and len(inputs["labels"]) == 1
             self.defer()
 
     def end(self, model, args, output):
@@ -66,7 +68,8 @@ class ChunkedLoss:
         targets = others.get("shift_labels")
         if targets is None:
             targets = pad(labels, (0, 1), value=ignore_index)[:, 1:]
-        return causal_lm_loss(logits, targets.view(logits.shape[:-1]), self.layer, num_items_in_batch, ignore_index)
+        targets = targets.view(logits.shape[:-1])
+        return causal_lm_loss(logits, targets, self.layer, num_items_in_batch, ignore_index, self.chosen)
 
 
 def why_whole(probe, batch, args) -> str | None:
