@@ -180,7 +180,7 @@ def test_long_first_example_shows_both_ends(tokenizer):
 
 
 class Waits(TorchDispatchMode):
-    """Operations that a GPU would have to be waited for, in code of ours: a number for the host, or a size."""
+    """Operations that a GPU would have to be waited for, a number for the host or a size, by our line below them."""
 
     operations = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 
@@ -190,10 +190,9 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function in self.operations or function is torch.ops.aten.index.Tensor and boolean(args[1]):
-            for frame in traceback.extract_stack():
-                if frame.filename.startswith((f"{ROOT}/finetuning", f"{ROOT}/chatglm", f"{ROOT}/run_")):
-                    place = f"{Path(frame.filename).name}:{frame.lineno} {frame.line}"
-            self.places[place] += 1
+            ours = (f"{ROOT}/finetuning", f"{ROOT}/chatglm", f"{ROOT}/run_")
+            frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(ours)]
+            self.places[f"{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].line}"] += 1
         return function(*args, **kwargs or {})
 
 
