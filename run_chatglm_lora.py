@@ -292,12 +292,17 @@ def parsed_arguments():
     parser.set_defaults(logging_steps=LOGGED_SHARE)  # in --help
     given = argument_files.given_arguments(parser, launching.prepared_words(sys.argv[1:]), ARGUMENT_CLASSES)
     adapters.check_init(given)
-    return parser.parse_dict({**log_defaults(given), **scores.metric_defaults(given), **given})
+    return parser.parse_dict({**gpu_defaults(), **log_defaults(given), **scores.metric_defaults(given), **given})
 
 
 def log_defaults(given) -> dict:
     """Without --logging_steps, a share of all steps between two log lines; Trainer's own 500 between evaluations."""
     return {} if "logging_steps" in given else {"logging_steps": LOGGED_SHARE, "eval_steps": 500}
+
+
+def gpu_defaults() -> dict:
+    """Batches are made while a GPU computes, and it is not waited for to filter losses: such a run is stopped."""
+    return {"dataloader_num_workers": int(torch.cuda.is_available()), "logging_nan_inf_filter": False}
 
 
 def parsed_words(parser):
@@ -523,6 +528,7 @@ def chats_as_ids(raw, row_format, tokenizer, config, chat_args, data_args, train
         if tokenizer.chat_template:
             chat_rows.check_text_columns(text_columns(next(iter(raw.values()))), chat_args)
         return raw
+    launching.check_parallelism(training_args)
     chat_args = within_positions(chat_args, config)
     return encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_args)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from filelock import FileLock, Timeout
 from torch import distributed
 
@@ -87,6 +88,19 @@ def check_strategy(args):
         )
     if (args.fp16 or args.fp16_full_eval) and args.device.type == "cpu":
         raise ValueError("--fp16 needs a GPU: use --bf16, or neither for float32.")
+
+
+def check_parallelism(args):
+    """Raise a ValueError where rows of conversations would be cut into shares, by TrainingArguments or accelerate."""
+    config = args.parallelism_config
+    if config is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        config = ParallelismConfig()
+    if config and (config.cp_enabled or config.sp_enabled):
+        raise ValueError(
+            f"Context and sequence parallelism (cp_size {config.cp_size}, sp_size {config.sp_size}) give each process "
+            "a share of every row, and batches of conversations name positions of whole rows: set both to 1, and use "
+            "--gradient_checkpointing for rows that do not fit."
+        )
 
 
 def check_deepspeed(config):
@@ -182,10 +196,31 @@ def claim_folder(folder, lock):
 
 def on_any_process(*flags: torch.Tensor, device) -> list[bool]:
     """Which of the flags, tensors of one bool, are true on at least one process."""
-    both = torch.stack([flag.reshape(()).to(device, torch.int32) for flag in flags])
+    both = torch.stack([flag.reshape(()).to(device, torch.int32) for flag in flags])  # [number of flags]
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(both, distributed.ReduceOp.MAX)
     return both.bool().tolist()
+
+
+class LateFlag:
+    """Whether a flag is up on any process, as of the call before: so that none waits for what its GPU has to do."""
+
+    def __init__(self, device):
+        self.device, self.host, self.copied = device, None, None
+
+    def __call__(self, flag: bool) -> bool:
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return flag
+        if self.copied:
+            self.copied.synchronize()  # of the step before, which is over or nearly so
+        before = bool(self.host)
+        shared = torch.full((), float(flag), device=self.device)  # filled there: no copy from the host
+        distributed.all_reduce(shared, distributed.ReduceOp.MAX)
+        self.host = shared.to("cpu", non_blocking=True)
+        if self.device.type != "cpu":
+            self.copied = torch.Event(self.device)
+            self.copied.record()
+        return before
 
 
 def end_processes():

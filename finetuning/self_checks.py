@@ -15,10 +15,12 @@ from itertools import cycle, islice
 
 import torch
 import transformers
+from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from . import chunked_loss
 from .batches import (
     IGNORE_INDEX,
     FlattenedCollator,
@@ -98,9 +100,20 @@ class SelfChecks(TrainerCallback):
                 f"This checkpoint predicts no better than chance: its loss on the first rows is "
                 f"{self.results['loss']:.2f}, that of a blind guess {chance:.2f}. Wrong weights, vocabulary or prompt?"
             )
+        if args.do_train and (self.collator or isinstance(probe.model, PeftModel)):
+            self.settle_loss(probe, rows[:1], args)
         if self.collator:
             single = max(args.per_device_train_batch_size, args.per_device_eval_batch_size) * max(args.n_gpu, 1) == 1
             self.check_batches(probe, rows, alone, single, args.n_gpu)
+
+    def settle_loss(self, probe, rows, args):
+        """Let the model compute the losses of the training in chunks, where that gives the same."""
+        batch = PaddedCollator(self.pad_token_id, multiple_of=1)(rows)
+        why, failure = tried(lambda: chunked_loss.why_whole(probe, batch, args))
+        why = failure or why
+        if why is None:
+            chunked_loss.ChunkedLoss(probe.model).use()
+        self.results["training_loss"] = f"the model's own: {why}" if why else "in chunks"
 
     def check_batches(self, probe, rows, alone, single, n_gpu):
         """Settle how the collator makes batches, as far as the flags leave that open."""

@@ -126,6 +126,17 @@ def test_loss_in_chunks_is_the_whole_one(trained, dtype):
         assert causal_lm_loss(states, targets, head).item() == pytest.approx(whole.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_chosen_positions_without_a_target_count_for_nothing(trained):
+    head = torch.nn.Linear(4, 11).requires_grad_(trained)
+    states, targets = torch.randn(1, 10, 4, requires_grad=True), torch.arange(10)[None]
+    targets[0, [0, 4, 9]] = -100
+    learnt = [states, *(weight for weight in head.parameters() if trained)]
+    sought, chosen = (causal_lm_loss(states, targets, head, chosen=chosen) for chosen in (False, True))
+    torch.testing.assert_close(chosen, sought, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(chosen, learnt), torch.autograd.grad(sought, learnt))
+
+
 def test_loss_trains_an_adapter_on_the_output_layer(v3_folder, batch):
     model = ChatGLMForConditionalGeneration.from_pretrained(v3_folder)
     model = get_peft_model(model, LoraConfig(target_modules=["output_layer"], init_lora_weights=False))
