@@ -180,7 +180,11 @@ def test_long_first_example_shows_both_ends(tokenizer):
 
 
 class Waits(TorchDispatchMode):
-    """Operations that a GPU would have to be waited for, a number for the host or a size, by our line below them."""
+    """Operations that a GPU would have to be waited for, a number for the host or a size, by our line that asks.
+
+    Those of a library are not ours (transformers looks once a forward whether rows are packed), and a collator's
+    batches are not on the GPU yet.
+    """
 
     operations = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 
@@ -191,8 +195,14 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function in self.operations or function is torch.ops.aten.index.Tensor and boolean(args[1]):
             ours = (f"{ROOT}/finetuning", f"{ROOT}/chatglm", f"{ROOT}/run_")
-            frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(ours)]
-            self.places[f"{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].line}"] += 1
+            libraries = ("/transformers/", "/accelerate/", "/peft/")
+            asking = next(
+                frame for frame in reversed(traceback.extract_stack())
+                if frame.filename.startswith(ours) or any(name in frame.filename for name in libraries)
+            )  # fmt: skip
+            path = Path(asking.filename)
+            if asking.filename.startswith(ours) and path.name != "batches.py":
+                self.places[f"{path.name}:{asking.lineno} {asking.line}"] += 1
         return function(*args, **kwargs or {})
 
 
