@@ -1,5 +1,10 @@
-"""What the process imports from which the runs are forked."""
+"""What the process has imported from which scripts are forked: the libraries, and nothing of ours."""
 
-import chatglm  # noqa: F401
-import run_chatglm_lora  # noqa: F401
-from finetuning import safeguards  # noqa: F401
+import datasets  # noqa: F401
+import evaluate  # noqa: F401
+import peft  # noqa: F401
+import torch
+from transformers import Trainer  # noqa: F401
+
+
+torch.set_num_threads(1)

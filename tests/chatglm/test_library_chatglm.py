@@ -40,6 +40,7 @@ def test_flex_attention_gives_the_original_logits(glm4_folder, goldens):
     assert (logits - tensors["train_leftpad.logits"])[inputs["attention_mask"].bool()].abs().max() < 1e-4
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("case", ["single", "batch_leftpad"])
 def test_static_cache_gives_the_original_continuation(model, recorded, case):
     start = f"gen.{case}."
@@ -61,6 +62,7 @@ def test_beams_do_not_depend_on_the_cache(model, ids):
     assert torch.equal(beams, model.generate(ids, **OPTIONS, num_beams=3, use_cache=False))
 
 
+@pytest.mark.oldest
 def test_inputs_embeds_replace_ids(model, ids):
     embeds = model.get_input_embeddings()(ids)
     with torch.no_grad():
@@ -72,6 +74,7 @@ def test_inputs_embeds_replace_ids(model, ids):
         model(input_ids=ids, inputs_embeds=embeds)
 
 
+@pytest.mark.oldest
 def test_attentions_are_given_by_eager_attention(folder, ids):
     model = ChatGLMForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.no_grad():
