@@ -123,6 +123,18 @@ def test_messages_that_are_not_to_be_trained_have_no_labels(tokenizers, tokenize
         assert separate == ("<|im_end|>" in trained)
 
 
+def test_system_message_between_rounds_is_written_where_the_template_takes_it(tokenizers, tokenizer):
+    talk = [*said("a door", "a lamp"), {"role": "system", "content": "seven"}, *said("a ferry", "a heron")]
+    for each in (tokenizers["v3"], tokenizer):
+        (example,) = encoded(each, {"conversations": talk}, CONVERSATIONS)
+        assert "seven" in each.decode(example["input_ids"])
+        trained = each.decode([label for label in example["labels"] if label != IGNORE_INDEX])
+        assert "a lamp" in trained and "a heron" in trained and "seven" not in trained
+    for name, model in {"v1": "ChatGLM-6B", "v2": "ChatGLM2"}.items():
+        with pytest.raises(ValueError, match=f"Message 3 has role 'system' where {model} needs 'user'"):
+            encoded(tokenizers[name], {"conversations": talk}, CONVERSATIONS)
+
+
 def test_answers_without_loss_are_no_examples_of_their_own(tokenizers):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "loss": False}]
     messages += [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
