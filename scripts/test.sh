@@ -11,9 +11,6 @@ cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 tests() {  # ENVIRONMENT [pytest options]
-    # DeepSpeed compiles a library here; a run that was killed meanwhile left a lock that the next would wait for.
-    export TORCH_EXTENSIONS_DIR=$PWD/$1/torch_extensions
-    rm -f "$TORCH_EXTENSIONS_DIR"/*/lock
     # Each process takes neighbouring tests, which share fixtures, and then some of the other's.
     "$1/bin/python" -m pytest --numprocesses 2 --dist worksteal "${@:2}"
 }
