@@ -10,6 +10,7 @@ from goldens_io import GOLDENS, recorded_texts
 from tiny import CHAT_FLAGS, CHATML, results, said, write_jsonl
 from transformers import AutoTokenizer
 
+import run_chatglm_lora
 from chatglm import ChatGLM6BTokenizer, ChatGLMTokenizer
 from finetuning.batches import IGNORE_INDEX
 from finetuning.chat_rows import RowFormat, as_template_takes_them, conversation, split_where_refused
@@ -183,13 +184,19 @@ def test_template_from_a_file_is_used_and_saved(run, llama, tokenizer, chats, tm
     assert "~" in tokenizer.decode(prompt_ids(saved, [{"role": "user", "content": "a"}]))
 
 
-@pytest.mark.slow
-def test_same_run_takes_the_encoding_from_the_cache_and_any_change_does_not(run, chatglm3, chats, caplog, tmp_path):
+def test_same_run_takes_the_encoding_from_the_cache_and_any_change_does_not(
+    run, chatglm3, chats, caplog, tmp_path, monkeypatch
+):
+    def encoded_now(*arguments):
+        raise InterruptedError
+
+    monkeypatch.setattr(run_chatglm_lora, "loaded_model", encoded_now)
     flags = ["--model_name_or_path", chatglm3, "--train_file", chats, CHAT_FLAGS, "--do_train", "--max_steps", 1]
     flags += ["--cache_dir", tmp_path / "cache"]
 
     def caches(*more):
-        run(flags, *more)
+        with pytest.raises(InterruptedError):
+            run(flags, *more)
         return len(list((tmp_path / "cache").rglob("cache-*.arrow")))
 
     with caplog.at_level(logging.ERROR):
