@@ -16,7 +16,7 @@ from finetuning import checkpoints
 from finetuning.safeguards import STOPPED_EARLY
 
 
-KILLS = int(os.environ.get("KILLS", 20))  # more: KILLS=500 pytest tests/test_safeguards.py -k random
+KILLS = int(os.environ.get("KILLS", 10))  # more: KILLS=500 pytest tests/test_safeguards.py -k random
 
 
 @pytest.fixture(scope="module")
