@@ -186,6 +186,12 @@ def test_model_from_scratch_follows_the_seed_and_the_overrides(run, llama, text_
     assert load_file(first / "model.safetensors")["transformer.wte.weight"].shape == (320, 16)
     assert losses(first) == losses(second)
     assert json.loads((first / "config.json").read_text())["n_layer"] == 1
+    with pytest.raises(ValueError, match="--config_overrides n=1: key n isn't in the original config"):
+        run(flags, "--no_use_lora", "--config_overrides", "n=1")
+    with pytest.raises(
+        ValueError, match="--model_type gtp2 is none of transformers' model types. Did you mean 'gpt2'"
+    ):
+        run(flags, "--no_use_lora", "--model_type", "gtp2")
 
 
 def test_tokens_that_the_model_lacks_get_embeddings(run, flags, llama, tmp_path):
