@@ -1,5 +1,6 @@
 """Before and after a run: mistakes in launching it that no library reports, the output folder, the process group."""
 
+import atexit
 import logging
 import os
 import socket
@@ -173,6 +174,7 @@ def claim_folder(folder, lock):
     try:
         held_lock.acquire()
         (folder / HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        atexit.register((folder / HOLDER).unlink, missing_ok=True)  # also where the run fails
     except Timeout as error:
         holder = (folder / HOLDER).read_text(encoding="utf-8") if (folder / HOLDER).exists() else "it"
         raise ValueError(
