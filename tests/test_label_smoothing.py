@@ -29,6 +29,7 @@ def flags(chats):
     [
         *((name, "end to end") for name in GENERATIONS),
         ("chatglm1", "padded"),
+        ("chatglm1", "packed"),
         ("llama", "padded"),
         ("llama", "packed"),
     ],
