@@ -744,11 +744,17 @@ def loaded_config(model_args):
             ) from error
     if model_args.model_type is None:
         raise ValueError("There is no model: pass --model_name_or_path, or --model_type to start from scratch.")
+    if model_args.model_type not in CONFIG_MAPPING:
+        near = mistakes.did_you_mean(model_args.model_type, CONFIG_MAPPING)
+        raise ValueError(f"--model_type {model_args.model_type} is none of transformers' model types.{near}")
     config = CONFIG_MAPPING[model_args.model_type]()
     logger.warning(f"A new {model_args.model_type} config is made from the defaults.")
     if model_args.config_overrides is not None:
         logger.info(f"Overriding the config: {model_args.config_overrides}")
-        config.update_from_string(model_args.config_overrides)
+        try:
+            config.update_from_string(model_args.config_overrides)
+        except ValueError as error:
+            raise ValueError(f"--config_overrides {model_args.config_overrides}: {error}.") from error
         logger.info(f"The new config: {config}")
     return config
 

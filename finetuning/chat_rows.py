@@ -263,7 +263,7 @@ def row_of(cells) -> dict:
     if cells["problem"]:
         raise BadRow(cells["problem"])
     try:
-        row = parsed(cells["row"])
+        row = parsed(cells["row"], cells["place"])
     except json.JSONDecodeError as error:
         raise BadRow(f"{cells['place']}, column {error.colno}: not JSON: {error.msg}: {cells['row'][:80]}") from None
     if not isinstance(row, dict):
@@ -271,13 +271,27 @@ def row_of(cells) -> dict:
     return row
 
 
-def parsed(text):
-    """The value of a JSON text: floats as they are written, NaN (which pandas writes) as null, no half characters."""
-    value = json.loads(text, parse_float=WrittenNumber, parse_constant=lambda name: None)
+def parsed(text, place):
+    """The value of a JSON text: floats as they are written, NaN (which pandas writes) as null, no half characters.
+
+    Raises a BadRow for a key that stands twice in an object, of which json would take the last.
+    """
+    once = partial(with_keys_once, place=place)
+    value = json.loads(text, parse_float=WrittenNumber, parse_constant=lambda name: None, object_pairs_hook=once)
     if "\\ud" in text or "\\uD" in text:
         for match in SURROGATES.finditer(text):
             if match[2]:
                 raise json.JSONDecodeError(f"\\u{match[2]} is half a character (of an emoji?)", text, match.start())
+    return value
+
+
+def with_keys_once(pairs, place) -> dict:
+    """The object of pairs of keys and values."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadRow(f"{place}: the key '{twice}' stands twice in one object: rename or delete one.")
     return value
 
 
@@ -301,10 +315,9 @@ def conversation(cells, found, place, system_prompt=None, questions_only=False) 
     else:
         messages = asked_and_answered(row, found, place, questions_only)
     for number, message in enumerate(messages[1:], 2):
-        if message["role"] == "system":
+        if message.get("tools"):
             column = found.messages or found.prompt
-            reason = "a system message stands first, and there is one at most."
-            raise BadRow(f"{place}, column '{column}', message {number}: {reason}")
+            raise BadRow(f"{place}, column '{column}', message {number}: tools belong to the first message.")
     messages = with_system(messages, known_cell(row, SYSTEM_COLUMNS, place), place)
     if system_prompt and messages[0]["role"] != "system":
         messages.insert(0, message_of("system", system_prompt))
@@ -360,7 +373,7 @@ def said_in(row, column, place):
     """The text of a cell, None for null, or the messages that it lists."""
     value = row.get(column)
     place = f"{place}, column '{column}'"
-    listed = read_cell(value) if isinstance(value, str) and value.lstrip().startswith('[{"') else value
+    listed = read_cell(value, place) if isinstance(value, str) and value.lstrip().startswith('[{"') else value
     if listed and is_list_of_objects(listed) and not is_list_of_parts(listed):
         return messages_of(listed, place)
     return text_of(value, place)
@@ -389,12 +402,12 @@ def kind_of(value) -> str:
     return f"{text[:60]}{'...' if len(text) > 60 else ''} ({kinds.get(type(value), 'null')})"
 
 
-def read_cell(value):
+def read_cell(value, place):
     """A nested cell, which may be JSON text (in csv files) or Python's; text that is neither stays text."""
     if not isinstance(value, str):
         return value
     try:
-        return parsed(value)
+        return parsed(value, place)
     except json.JSONDecodeError:
         try:
             return ast.literal_eval(value.strip())
@@ -404,7 +417,7 @@ def read_cell(value):
 
 def history_messages(cell, place) -> list[dict]:
     """The messages of a history cell: pairs, objects or messages; a missing, null or empty history is none."""
-    history = read_cell(cell or [])
+    history = read_cell(cell or [], place)
     if not isinstance(history, (list, tuple)):
         raise BadRow(f"{place}: {kind_of(history)} is not JSON for a list of [question, answer] pairs.")
     for turn in history:
@@ -417,8 +430,8 @@ def given_messages(row, found, place) -> list[dict]:
     """The messages of a row that lists them."""
     if found.messages not in row:
         raise BadRow(f"{place}: no column '{found.messages}' but {list(row)}.{did_you_mean(found.messages, row)}")
-    listed = read_cell(row[found.messages])
     place = f"{place}, column '{found.messages}'"
+    listed = read_cell(row[found.messages], place)
     if not isinstance(listed, list) or not listed:
         raise BadRow(f"{place}: {kind_of(listed)} is found, a list of messages is expected.")
     messages = messages_of(listed, place)
@@ -482,12 +495,14 @@ def checked_messages(message, place) -> list[dict]:
             message_of("observation", observed),
         ]
     if role == "function_call":
-        call = read_cell(content)
+        call = read_cell(content, place)
         if not isinstance(call, dict) or "name" not in call:
             raise BadRow(f'{place}: {kind_of(content)} is found, {{"name": ..., "arguments": ...}} is expected.')
         calls, role, content = [call], "assistant", ""
     else:
-        calls = read_cell(message.get("tool_calls")) or [message[k] for k in ("function_call",) if message.get(k)]
+        calls = read_cell(message.get("tool_calls"), place) or [
+            message[k] for k in ("function_call",) if message.get(k)
+        ]
         if not is_list_of_objects(calls):
             raise BadRow(f"{place}: {kind_of(calls)} is found, tool_calls must be a list of objects.")
     if role in ("tool", "observation"):
@@ -515,7 +530,7 @@ def call_of(call, place) -> dict:
 
 def called_function(function, arguments, place) -> dict:
     """The call of a function, whose arguments may be JSON text."""
-    arguments = {} if arguments is None else read_cell(arguments)
+    arguments = {} if arguments is None else read_cell(arguments, place)
     if not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
         raise BadRow(f"{place}: a call needs a name (text) and its arguments or parameters (an object).")
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
@@ -530,7 +545,7 @@ def as_text(value, place) -> str:
 
 def read_tools(cell, place):
     """Tools, which may be JSON text; a single one is a list of one."""
-    tools = read_cell(cell)
+    tools = read_cell(cell, place)
     if isinstance(tools, str):
         raise BadRow(f'{place}: {kind_of(tools)} is not JSON; a list of tools, [{{"name": ...}}, ...], is expected.')
     return [tools] if isinstance(tools, dict) and "name" in tools.get("function", tools) else tools

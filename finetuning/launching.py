@@ -1,7 +1,9 @@
 """Before and after a run: mistakes in launching it that no library reports, the output folder, the process group."""
 
+import atexit
 import logging
 import os
+import socket
 import tempfile
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from .mistakes import did_you_mean
 logger = logging.getLogger("run_chatglm_lora.launching")
 
 LOCK = "training.lock"
+HOLDER = "_training_process"  # who holds it, for people; the hub is not sent what begins with an underscore
 LONGEST_ORPHAN = 6  # seconds; data loader workers, which share the lock, look every 5 whether their process lives
 # Sections of a DeepSpeed configuration that its module of constants does not name.
 # fmt: off
@@ -184,9 +187,12 @@ def claim_folder(folder, lock):
     held_lock = FileLock(folder / LOCK, timeout=LONGEST_ORPHAN)
     try:
         held_lock.acquire()
+        (folder / HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        atexit.register((folder / HOLDER).unlink, missing_ok=True)  # also where the run fails
     except Timeout as error:
+        holder = (folder / HOLDER).read_text(encoding="utf-8") if (folder / HOLDER).exists() else "it"
         raise ValueError(
-            f"Another process trains into {folder}: it holds {LOCK}. Choose another --output_dir, or end it. "
+            f"Another process trains into {folder}: {holder} holds {LOCK}. Choose another --output_dir, or end it. "
             "Processes that should train together are started by torchrun."
         ) from error
     except (OSError, NotImplementedError) as error:
@@ -228,7 +234,8 @@ def end_processes():
     global held_lock
     if held_lock is not None:
         held_lock.release()
-        Path(held_lock.lock_file).unlink(missing_ok=True)
+        for name in (LOCK, HOLDER):
+            Path(held_lock.lock_file).with_name(name).unlink(missing_ok=True)
         held_lock = None
     if distributed.is_available() and distributed.is_initialized():
         distributed.barrier()

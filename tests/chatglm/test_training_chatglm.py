@@ -61,6 +61,7 @@ def library_loss(model, batch, **options):
     return model.loss_function(logits=logits, labels=batch["labels"], vocab_size=model.config.vocab_size, **options)
 
 
+@pytest.mark.oldest
 def test_loss_and_gradients_are_the_librarys(model, batch):
     model.zero_grad()
     expected = library_loss(model, batch)
@@ -166,6 +167,7 @@ def trainer_losses(model, rows, folder, **arguments) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.oldest
 def test_accumulated_batches_give_the_loss_of_one_large_batch(model, rows, tmp_path):
     large = trainer_losses(copy.deepcopy(model), rows * 2, tmp_path, per_device_train_batch_size=4)
     small = trainer_losses(
@@ -174,6 +176,7 @@ def test_accumulated_batches_give_the_loss_of_one_large_batch(model, rows, tmp_p
     assert small == pytest.approx(large, abs=2e-4)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_flattened_rows_give_the_padded_loss_and_logits(folder, rows, batch, attention):
     model = ChatGLMForConditionalGeneration.from_pretrained(folder, attn_implementation=attention).eval()
@@ -211,6 +214,7 @@ def test_an_attention_function_of_the_users_own_gets_the_flattened_rows(folder, 
         torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("skip_logits", [True, False])
 def test_shifted_labels_say_what_the_kept_positions_predict(folder, rows, batch, skip_logits):
     model = ChatGLMForConditionalGeneration.from_pretrained(folder).train()
