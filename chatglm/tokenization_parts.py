@@ -145,6 +145,16 @@ class PartsTokenizer(TokenizersBackend):
         """The prompt as text: tokenised with special tokens found in it, it gives the ids of the parts."""
         return "".join(part.text for part in parts)
 
+    def _encode_plus(self, text, text_pair=None, **options) -> BatchEncoding:
+        if not isinstance(text, str) or text_pair != "":
+            return super()._encode_plus(text=text, text_pair=text_pair, **options)
+        # The library takes one empty text for no text, and would leave out the token that ends a pair; in a batch not.
+        encoding = super()._encode_plus(text=[text], text_pair=[text_pair], **options)
+        if options.get("return_tensors") or options.get("return_overflowing_tokens"):
+            return encoding
+        single = {name: rows[0] if isinstance(rows[0], list) else rows for name, rows in encoding.items()}
+        return BatchEncoding(single, encoding.encodings)
+
     def _convert_encoding(self, encoding, *args, **kwargs):
         columns, encodings = super()._convert_encoding(encoding, *args, **kwargs)
         if self.counts_positions and "position_ids" in self.model_input_names:

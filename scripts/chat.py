@@ -42,15 +42,10 @@ A line that ends with \\ goes on in the next one; lines between """ and """ are 
 BLOCK = '"""'
 
 
-def parsed_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_model_flags(parser: argparse.ArgumentParser):
+    """What says which model answers, and how: `chatbot` reads these, and `tools`."""
     parser.add_argument("model", metavar="MODEL", help="adapter folder, model folder or hub name")
     parser.add_argument("--base_model", help="the base of an adapter, where it is not at the place noted in it")
-    parser.add_argument(
-        "--prompt", metavar="TEXT", help="answer this on standard output and exit; - reads the question"
-    )
-    parser.add_argument("--system", metavar="TEXT", help="system message")
-    parser.add_argument("--tools", type=Path, metavar="FILE", help="JSON list of tools, for models that call tools")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python files that the checkpoint brings")
 
     sampling = parser.add_argument_group(
@@ -81,6 +76,16 @@ def parsed_arguments() -> argparse.Namespace:
     bits = loading.add_mutually_exclusive_group()
     bits.add_argument("--load_in_4bit", action="store_const", const=4, dest="bits", help="needs bitsandbytes")
     bits.add_argument("--load_in_8bit", action="store_const", const=8, dest="bits", help="needs bitsandbytes")
+
+
+def parsed_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser)
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="answer this on standard output and exit; - reads the question"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--tools", type=Path, metavar="FILE", help="JSON list of tools, for models that call tools")
 
     page = parser.add_argument_group("page")
     page.add_argument("--web", action="store_true", help="serve a page; needs gradio")
