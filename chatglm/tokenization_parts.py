@@ -12,6 +12,20 @@ from transformers.utils import get_json_schema
 
 VOCAB_FILES_NAMES = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
 ROLE_TOKENS = {role: f"<|{role}|>" for role in ("system", "user", "assistant", "observation")}
+# Before any template. An answer begins with the newline and the blank that follow its role in the prompt; servers hand
+# it back in the history as it came, and untrimmed it would stand there with two of each, as in no training example.
+TRIMMED_ANSWERS = """\
+{%- set given = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' and message['content'] is string and not message['tool_calls'] -%}
+{%- set answer = {'role': 'assistant', 'content': message['content'] | trim, 'metadata': message['metadata']} -%}
+{%- set given.messages = given.messages + [answer] -%}
+{%- else -%}
+{%- set given.messages = given.messages + [message] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = given.messages -%}
+"""
 
 
 class Part(NamedTuple):
