@@ -193,7 +193,9 @@ class Server:
             usage = bool(asked.stream_options and asked.stream_options.include_usage)
             events = streamed(first, answers, {**head, "object": "chat.completion.chunk"})
             return StreamingResponse(server_sent(events, bot, ids, usage), media_type="text/event-stream")
-        *_, answer = [Answer("", finish="stop"), *[answer async for answer in answers]]
+        answer = Answer("", finish="stop")
+        async for newer in answers:
+            answer = newer
         message = {"role": "assistant", "content": answer.text}
         if answer.call:
             message |= {"content": None, "tool_calls": [answer.call]}
@@ -212,12 +214,12 @@ class Server:
         except (ValueError, TemplateError) as error:
             raise HTTPException(400, str(error)) from error
         room = bot.positions - len(ids) if bot.positions else most
-        if len(ids) > (self.longest_prompt or len(ids)) or room < (length or 1):
-            raise HTTPException(
-                400,
-                f"The messages are {len(ids)} tokens long, too many beside an answer of {length or 1}: the most are "
-                f"{bot.positions} tokens together, {self.longest_prompt or bot.positions} for the messages.",
-            )
+        if len(ids) > (self.longest_prompt or len(ids)):
+            most = f"{self.longest_prompt} (--max_prompt_tokens)"
+            raise HTTPException(400, f"The messages are {len(ids)} tokens long, more than the server takes, {most}.")
+        if room < (length or 1):
+            most = f"{bot.positions} positions, and the answer wants {length or 1}"
+            raise HTTPException(400, f"The messages are {len(ids)} tokens long. The model has {most}: shorten them.")
         bot.options["max_new_tokens"] = length or min(most, room)
         return bot, ids
 

@@ -142,7 +142,7 @@ BAD = {
     "frequency_penalty: Input should be less": {"frequency_penalty": 0.5},
     "guided_json: Extra inputs are not permitted": {"extra_body": {"guided_json": {}}},
     "max_tokens: 201 is more than the server makes, 200": {"max_tokens": 201},
-    "tokens long, too many beside": {"messages": [{"role": "user", "content": "tea " * 400}]},
+    "tokens long, more than the server takes, 300": {"messages": [{"role": "user", "content": "tea " * 400}]},
 }
 
 
