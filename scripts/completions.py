@@ -155,7 +155,7 @@ class Server:
                 Route("/v1/models/{name:path}", self.models),
             ],
             middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))] if hosts else [],
-            exception_handlers={HTTPException: refusal, Exception: failure},
+            exception_handlers={HTTPException: refusal},
         )
 
     def check_key(self, request: Request):
@@ -224,7 +224,10 @@ class Server:
         return bot, ids
 
     async def answers(self, request: Request, asked: ChatRequest, bot: Chatbot, ids: list[int]):
-        """The `Answer`, again and again until it has a `finish`; nothing where nobody waits for it any more."""
+        """The `Answer`, again and again until it has a `finish`; nothing where nobody waits for it any more.
+
+        Raises HTTPException where the model fails.
+        """
         stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
         self.present += 1
         try:
@@ -247,6 +250,9 @@ class Server:
             call = call_in(message)
             ended = stopped or bot.reply[-1] in bot.options["eos_token_id"]
             yield Answer(text, call, "tool_calls" if call else "stop" if ended else "length")
+        except Exception as error:  # of any library, such as lack of memory
+            logger.exception("An answer failed")
+            raise HTTPException(500, f"{type(error).__name__}: see the log of the server.") from error
         finally:
             self.present -= 1
 
@@ -296,9 +302,8 @@ async def server_sent(chunks: AsyncIterator[dict], bot: Chatbot, ids: list[int],
         async with aclosing(chunks):
             async for last in chunks:
                 yield f"data: {json.dumps(last, ensure_ascii=False)}\n\n"
-    except Exception as error:  # of any library, such as lack of memory: logged, and told
-        logger.exception("An answer failed")
-        yield f"data: {json.dumps(error_body(500, f'{type(error).__name__}: see the log of the server.'))}\n\n"
+    except HTTPException as error:
+        yield f"data: {json.dumps(error_body(error.status_code, error.detail))}\n\n"
         return
     if usage:
         yield f"data: {json.dumps({**last, 'choices': [], 'usage': usage_of(bot, ids)})}\n\n"
@@ -312,7 +317,3 @@ def error_body(status: int, text: str) -> dict:
 
 async def refusal(request: Request, error: HTTPException) -> Response:
     return JSONResponse(error_body(error.status_code, error.detail), error.status_code, error.headers)
-
-
-async def failure(request: Request, error: Exception) -> Response:
-    return JSONResponse(error_body(500, f"{type(error).__name__}: see the log of the server."), 500)
