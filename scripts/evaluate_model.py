@@ -79,14 +79,18 @@ class Evaluated(HFLM):
         return super().loglikelihood(begun, disable_tqdm=disable_tqdm)
 
 
-def tasks_in(folder: Path, name: str, manager: TaskManager) -> list[dict]:
-    """The tasks of a name or group, with their data in a folder. Raises ValueError for what is not known."""
+def task_with_data_in(folder: Path, name: str, manager: TaskManager) -> dict:
+    """A task or group of the harness, in a group of its own, where it may have its data in another place than the hub.
+
+    Raises ValueError for what is not known.
+    """
     name = TASKS.get(name, name)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: give the one that the data set was downloaded to.")
     if name not in manager.all_tasks:
         raise ValueError(f"lm-evaluation-harness has no task {name!r}: lm_eval ls tasks lists them.")
-    return [{"task": name, "dataset_path": str(folder)}]
+    kind = "group" if name in manager.all_groups else "task"
+    return {"group": folder.name, "task": [{kind: name, "dataset_path": str(folder)}]}
 
 
 def parsed_arguments() -> argparse.Namespace:
@@ -106,13 +110,13 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     try:
         manager = TaskManager()
-        tasks = tasks_in(arguments.folder, arguments.task, manager)
+        task = task_with_data_in(arguments.folder.resolve(), arguments.task, manager)
         model = Evaluated(*loaded(arguments), arguments.batch_size)
     except (OSError, ValueError) as error:
         sys.exit(f"evaluate_model.py: {error}")
     results = lm_eval.simple_evaluate(
         model,
-        tasks=tasks,
+        tasks=[task],
         task_manager=manager,
         num_fewshot=arguments.num_fewshot,
         limit=arguments.limit,
