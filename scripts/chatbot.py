@@ -16,8 +16,8 @@ from run_chatglm_lora import padding_id
 class Chatbot:
     """A model that answers conversations, which are kept by whoever asks.
 
-    `options` go to `generate`; `reply` holds the ids of the latest answer so far. Raises ValueError for tools where the
-    model does not call any.
+    `options` go to `generate`; `reply` holds the ids of the latest answer so far. Raises ValueError for tools where
+    the model does not call any.
     """
 
     def __init__(self, model, tokenizer, options: dict[str, Any], tools: list[dict] | None = None):
