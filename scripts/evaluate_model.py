@@ -90,7 +90,7 @@ def task_with_data_in(folder: Path, name: str, manager: TaskManager) -> dict:
     if name not in manager.all_tasks:
         raise ValueError(f"lm-evaluation-harness has no task {name!r}: lm_eval ls tasks lists them.")
     kind = "group" if name in manager.all_groups else "task"
-    return {"group": folder.name, "task": [{kind: name, "dataset_path": str(folder)}]}
+    return {"group": str(folder), "task": [{kind: name, "dataset_path": str(folder)}]}
 
 
 def parsed_arguments() -> argparse.Namespace:

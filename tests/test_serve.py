@@ -38,7 +38,7 @@ def bot(chatglm3):
 
 @pytest.fixture(scope="module")
 def address(bot):
-    server = completions.Server(bot, "tea", "secret", longest_queue=1, longest_prompt=300)
+    server = completions.Server(bot, "tea", "secret", longest_queue=1, longest_prompt=400)
     server, url = started(server.app(("127.0.0.1", "localhost")))
     yield url
     server.should_exit = True
@@ -142,7 +142,7 @@ BAD = {
     "frequency_penalty: Input should be less": {"frequency_penalty": 0.5},
     "guided_json: Extra inputs are not permitted": {"extra_body": {"guided_json": {}}},
     "max_tokens: 201 is more than the server makes, 200": {"max_tokens": 201},
-    "tokens long, more than the server takes, 300": {"messages": [{"role": "user", "content": "tea " * 400}]},
+    "tokens long, more than the server takes, 400": {"messages": [{"role": "user", "content": "tea " * 900}]},
 }
 
 
