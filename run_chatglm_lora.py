@@ -205,6 +205,7 @@ class ChatArguments:
     pad_to_max_length: bool = argument(False, "Pad every batch to the maximum, for devices that want one shape.")
     max_predict_samples: int | None = argument(None, "Answer the first N test rows only.")
     predict_with_generate: bool = argument(False, "With --do_eval: also answer the validation rows, and score that.")
+    eval_generate_every: int = argument(1, "With --predict_with_generate: answer at every N-th evaluation only.")
     num_beams: int = argument(1, "Beams of the answers' search.")
     do_sample: bool = argument(False, "Draw the answers' tokens instead of taking the likeliest.")
     temperature: float = argument(1.0, "Sharpness of --do_sample; lower is sharper.")
@@ -216,7 +217,7 @@ class ChatArguments:
             raise ValueError("--response_column and --history_column belong to a --prompt_column: name it too.")
         if self.data_format in ("text", "messages") and (self.prompt_column or self.response_column):
             raise ValueError(f"--data_format {self.data_format} has no --prompt_column and no --response_column.")
-        for flag in ("max_source_length", "max_target_length", "num_beams"):
+        for flag in ("max_source_length", "max_target_length", "num_beams", "eval_generate_every"):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag} must be at least 1, not {getattr(self, flag)}.")
         if not (self.temperature > 0 and 0 < self.top_p <= 1):

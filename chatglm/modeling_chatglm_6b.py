@@ -418,6 +418,16 @@ class ChatGLM6BForConditionalGeneration(ChatMixin, CausalLMMixin, ChatGLM6BPreTr
         self.post_init()
         self.freeze_untrained()
 
+    def tie_weights(self, missing_keys: set[str] | None = None, **options):
+        """Ties output layer and embeddings, unless the checkpoint that is being loaded holds two that differ.
+
+        Those were trained apart. The library leaves them as they are, and says so, but ties them at the next call, as
+        of `resize_token_embeddings`, unless the configuration says what was found.
+        """
+        super().tie_weights(missing_keys=missing_keys, **options)
+        if missing_keys is not None and "lm_head.weight" not in self.all_tied_weights_keys:
+            self.config.tie_word_embeddings = False
+
     def fallback_token_id(self, tokenizer) -> int:
         return tokenizer.convert_tokens_to_ids("▁")  # 5, or 20005 in the first release
 

@@ -42,28 +42,11 @@ A line that ends with \\ goes on in the next one; lines between """ and """ are 
 BLOCK = '"""'
 
 
-def parsed_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_model_flags(parser: argparse.ArgumentParser):
+    """What `loaded` reads."""
     parser.add_argument("model", metavar="MODEL", help="adapter folder, model folder or hub name")
     parser.add_argument("--base_model", help="the base of an adapter, where it is not at the place noted in it")
-    parser.add_argument(
-        "--prompt", metavar="TEXT", help="answer this on standard output and exit; - reads the question"
-    )
-    parser.add_argument("--system", metavar="TEXT", help="system message")
-    parser.add_argument("--tools", type=Path, metavar="FILE", help="JSON list of tools, for models that call tools")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python files that the checkpoint brings")
-
-    sampling = parser.add_argument_group(
-        "how answers are chosen (default: as the checkpoint says, else the likeliest)"
-    )
-    sampling.add_argument("--do_sample", action="store_true", default=None)
-    sampling.add_argument("--no_do_sample", action="store_false", dest="do_sample", help="always the likeliest token")
-    sampling.add_argument("--temperature", type=float)
-    sampling.add_argument("--top_p", type=float)
-    sampling.add_argument("--top_k", type=int)
-    sampling.add_argument("--repetition_penalty", type=float)
-    sampling.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer (default %(default)s)")
-    sampling.add_argument("--seed", type=int, help="makes sampled answers repeatable")
 
     loading = parser.add_argument_group("where and how the model is loaded")
     loading.add_argument("--device", help="default: the accelerator if there is one, else cpu")
@@ -81,6 +64,31 @@ def parsed_arguments() -> argparse.Namespace:
     bits = loading.add_mutually_exclusive_group()
     bits.add_argument("--load_in_4bit", action="store_const", const=4, dest="bits", help="needs bitsandbytes")
     bits.add_argument("--load_in_8bit", action="store_const", const=8, dest="bits", help="needs bitsandbytes")
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser):
+    sampling = parser.add_argument_group(
+        "how answers are chosen (default: as the checkpoint says, else the likeliest)"
+    )
+    sampling.add_argument("--do_sample", action="store_true", default=None)
+    sampling.add_argument("--no_do_sample", action="store_false", dest="do_sample", help="always the likeliest token")
+    sampling.add_argument("--temperature", type=float)
+    sampling.add_argument("--top_p", type=float)
+    sampling.add_argument("--top_k", type=int)
+    sampling.add_argument("--repetition_penalty", type=float)
+    sampling.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer (default %(default)s)")
+    sampling.add_argument("--seed", type=int, help="makes sampled answers repeatable")
+
+
+def parsed_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser)
+    add_sampling_flags(parser)
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="answer this on standard output and exit; - reads the question"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--tools", type=Path, metavar="FILE", help="JSON list of tools, for models that call tools")
 
     page = parser.add_argument_group("page")
     page.add_argument("--web", action="store_true", help="serve a page; needs gradio")
@@ -268,12 +276,11 @@ def tools_in(path: Path) -> list[dict]:
     return tools
 
 
-def chatbot(arguments: argparse.Namespace) -> Chatbot:
-    options = generation_options(arguments)
-    tools = tools_in(arguments.tools) if arguments.tools else None
+def loaded(arguments: argparse.Namespace):
+    """Model and tokenizer of the command line."""
     device = chosen_device(arguments)
     print(f"Loading {arguments.model} on {device} ...", file=sys.stderr, flush=True)
-    model, tokenizer = opened(
+    return opened(
         arguments.model,
         base_model=arguments.base_model,
         dtype=chosen_dtype(arguments, device),
@@ -281,6 +288,12 @@ def chatbot(arguments: argparse.Namespace) -> Chatbot:
         bits=arguments.bits,
         trust_remote_code=arguments.trust_remote_code,
     )
+
+
+def chatbot(arguments: argparse.Namespace) -> Chatbot:
+    options = generation_options(arguments)
+    tools = tools_in(arguments.tools) if arguments.tools else None
+    model, tokenizer = loaded(arguments)
     if arguments.seed is not None:
         transformers.set_seed(arguments.seed)
     bot = Chatbot(model, tokenizer, options, tools)

@@ -69,7 +69,7 @@ def timed_answer(bot: Chatbot, messages: list[dict], from_base: bool, length: in
         ids, dropped = bot.prompt(messages, length)
         for message in bot.answer(ids, from_base, max_new_tokens=length, **sampling):
             seconds = time.perf_counter() - begin
-            answer = {**message, "tokens": bot.generated, "seconds": seconds, "dropped": dropped}
+            answer = {**message, "tokens": len(bot.reply), "seconds": seconds, "dropped": dropped}
             if seconds - drawn > 0.1:  # a browser that has to draw every token comes behind
                 drawn = seconds
                 yield answer

@@ -16,15 +16,15 @@ from run_chatglm_lora import padding_id
 class Chatbot:
     """A model that answers conversations, which are kept by whoever asks.
 
-    `options` go to `generate`; `generated` counts the tokens of the latest answer so far. Raises ValueError for tools
-    where the model does not call any.
+    `options` go to `generate`; `reply` holds the ids of the latest answer so far. Raises ValueError for tools where
+    the model does not call any.
     """
 
     def __init__(self, model, tokenizer, options: dict[str, Any], tools: list[dict] | None = None):
         if tokenizer.chat_template is None:
             raise ValueError("The tokenizer of this model has no chat template, so it knows no conversations.")
         self.model, self.tokenizer, self.tools = model, tokenizer, tools
-        self.has_adapter, self.generated = isinstance(model, PeftModel), 0
+        self.has_adapter, self.reply = isinstance(model, PeftModel), []
         stops = stop_ids(tokenizer, model.generation_config.eos_token_id)
         self.calls_end_with = tokenizer.convert_tokens_to_ids("<|observation|>")
         if tools and self.calls_end_with not in stops:
@@ -63,12 +63,11 @@ class Chatbot:
         tool's name as `metadata`.
         """
         given = torch.tensor([ids], device=self.model.device)  # [1, S]
-        reply = []
+        reply = self.reply = []
         inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
         with self.model.disable_adapter() if from_base else nullcontext():
             for token in generated_ids(self.model, **inputs, **{**self.options, **options}):
                 reply.append(token)
-                self.generated = len(reply)
                 # All of it each time: decoded by pieces, SentencePiece drops the blank that a piece begins with.
                 text = self.tokenizer.decode(reply, skip_special_tokens=True)
                 if token == self.calls_end_with:

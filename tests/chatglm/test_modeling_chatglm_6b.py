@@ -535,6 +535,19 @@ def test_resizing_keeps_embedding_and_head_tied(fresh, batch):
     assert fresh(**batch).logits.shape[-1] == fresh.config.vocab_size == size
 
 
+def test_checkpoint_whose_head_and_embeddings_differ_keeps_both(fresh, batch, tmp_path):
+    fresh.config.tie_word_embeddings = False
+    fresh.lm_head.weight = torch.nn.Parameter(fresh.lm_head.weight + 0.01)
+    fresh.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("tie_word_embeddings")  # as published
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = type(fresh).from_pretrained(tmp_path)
+    assert not loaded.config.tie_word_embeddings
+    loaded.tie_weights()
+    torch.testing.assert_close(loaded(**batch).logits, fresh(**batch).logits, rtol=0, atol=0)
+
+
 def test_attention_weights_are_prefix_causal(eager, recorded):
     ids = recorded[0]["auto_mask_single.input_ids"]
     with torch.no_grad():
