@@ -173,7 +173,6 @@ def peak_beside_weights(model, bits, batch, args) -> int:
     del layers[3:]
     model.to_empty(device="cpu")
     base_of(model).tie_weights()
-    base_of(model).config.use_cache = False  # as Trainer has it
     model.train()
     for layer in quantised_layers(model) if bits else ():
         compute_in(layer, half_type(args))
