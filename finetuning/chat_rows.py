@@ -658,10 +658,11 @@ def rows_of(batch) -> list[dict]:
 def with_trained_tokens(encoded, split, rows, chat_args, training_args):
     """The examples that have something to train on; what was dropped or cut is logged, with row numbers."""
     extra = ["source_cut", "target_cut", "left_out", "row", "problem"]
-    encoded = without_bad_rows(encoded, split, rows, training_args)
+    encoded = without_bad_rows(encoded, split, rows, chat_args, training_args)
     if isinstance(encoded, datasets.IterableDataset):
         return encoded.filter(lambda example: warned_if_empty(example, split)).remove_columns(extra)
     kept = np.flatnonzero(encoded.with_format("numpy")["length"][:])
+    dropped = set()
     if len(kept) < len(encoded):
         dropped = set(encoded["row"][:]) - set(encoded.select(kept)["row"][:])
         encoded = encoded.select(kept)
@@ -672,10 +673,13 @@ def with_trained_tokens(encoded, split, rows, chat_args, training_args):
         )
     if len(encoded) == 0:
         raise ValueError(f"No {split} row has an answer to train on: see --data_format and the column flags.")
+    cut = {name: int(np.sum(encoded.with_format("numpy")[name][:])) for name in CUTS}
+    counts = f"{len(dropped)} rows dropped, {cut['source_cut']} prompts and {cut['target_cut']} answers cut"
+    logger.info(f"Limits of {split}: {counts}")
     for name, flag in CUTS.items():
         if encoded[0][name]:
             logger.warning(f"The first {split} example is cut by --{flag} {getattr(chat_args, flag)}.")
-        share = np.mean(encoded.with_format("numpy")[name][:])
+        share = cut[name] / len(encoded)
         if share > 0.01:
             limit = f"--{flag} {getattr(chat_args, flag)}"
             logger.warning(f"{share:.1%} of the {split} examples are cut by {limit}: raise it to keep all of them.")
@@ -699,20 +703,24 @@ def warned_if_empty(example, split) -> bool:
     return bool(example["input_ids"])
 
 
-def without_bad_rows(encoded, split, rows, training_args):
-    """The examples of good rows. The bad ones are counted and listed, with what is wrong, in bad_rows_SPLIT.jsonl."""
-    path = Path(training_args.output_dir, f"bad_rows_{split}.jsonl")
+def without_bad_rows(encoded, split, rows, chat_args, training_args):
+    """The examples of good rows. The bad ones are counted and listed, with what is wrong, in bad_rows_SPLIT.jsonl.
+
+    A run that only looks lists none.
+    """
+    path = None if chat_args.only_looks else Path(training_args.output_dir, f"bad_rows_{split}.jsonl")
     if isinstance(encoded, datasets.IterableDataset):
         return encoded.filter(partial(is_good, path=path))
     problems = encoded["problem"][:]
     bad = {encoded[index]["row"]: problem for index, problem in enumerate(problems) if problem is not None}
     if not bad:
         return encoded
-    if training_args.should_save:
+    if path and training_args.should_save:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [{**rows[number], "problem": problem} for number, problem in bad.items()]
         path.write_text("".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines), "utf-8")
-    logger.warning(f"{len(bad)} of {len(rows)} {split} rows are bad and left out; they are listed in {path}.")
+    listed = f"they are listed in {path}" if path else f"the first: {next(iter(bad.values()))}"
+    logger.warning(f"{len(bad)} of {len(rows)} {split} rows are bad and left out; {listed}")
     return encoded.select([index for index, problem in enumerate(problems) if problem is None])
 
 
@@ -720,7 +728,9 @@ def is_good(example, path) -> bool:
     """Whether a streamed example comes from a good row; a bad one is logged and listed, each time it is met."""
     if example["problem"] is None:
         return True
-    logger.warning(f"{example['problem']} The row is left out; such rows are listed in {path}.")
+    logger.warning(f"{example['problem']} The row is left out; such rows are listed in {path or 'a training'}.")
+    if path is None:
+        return False
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps({"row": example["row"] + 1, "problem": example["problem"]}, ensure_ascii=False) + "\n")

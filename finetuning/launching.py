@@ -18,6 +18,8 @@ from .mistakes import did_you_mean
 
 logger = logging.getLogger("run_chatglm_lora.launching")
 
+LOOKS = {"dry_run", "preview", "preview_html"}  # flags of a run that ends before a model is loaded
+FOR_ACCELERATORS = {"deepspeed", "fsdp", "fsdp_config", "tf32", "torch_compile"}  # and for launchers
 LOCK = "training.lock"
 HOLDER = "_training_process"  # who holds it, for people; the hub is not sent what begins with an underscore
 LONGEST_ORPHAN = 6  # seconds; data loader workers, which share the lock, look every 5 whether their process lives
@@ -38,17 +40,26 @@ held_lock = None  # of the output folder, as long as the process lives
 def prepared_words(words) -> list[str]:
     """The command line, with True after a bare --resume_from_checkpoint; every pickle is loaded without code from now.
 
-    Raises a ValueError if --deepspeed is not started by a launcher: DeepSpeed would ask for mpi4py.
+    Raises a ValueError if --deepspeed is not started by a launcher: DeepSpeed would ask for mpi4py. A run that only
+    looks needs neither.
     """
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed asks torch.load for the contrary
     launchers = {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"}
-    if any(word.split("=")[0] == "--deepspeed" for word in words) and not launchers & os.environ.keys():
+    flags = {word.split("=")[0].removeprefix("--") for word in words}
+    if "deepspeed" in flags and not LOOKS & flags and not launchers & os.environ.keys():
         raise ValueError("--deepspeed needs a launcher: start with torchrun --nproc_per_node 1 (or as many as GPUs).")
     complete = []
     for word, after in zip(words, [*words[1:], "--"], strict=False):
         bare = word == "--resume_from_checkpoint" and after.startswith("--")
         complete += [word, "True"] if bare else [word]
     return complete
+
+
+def on_one_processor(given) -> dict:
+    """The flags that were given; where the run only looks, without those that need accelerators or a launcher."""
+    if not LOOKS & given.keys():
+        return given
+    return {**{name: value for name, value in given.items() if name not in FOR_ACCELERATORS}, "use_cpu": True}
 
 
 def check_launch(args):

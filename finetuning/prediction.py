@@ -153,9 +153,8 @@ class AnswersWhileTraining(TrainerCallback):
             line for batch in batches for line in answered(self.trainer, tokenizer, batch, chat_args, pad_token_id)
         ]
         scored = {f"eval_{name}": value for name, value in answer_scores(lines).items()}
-        logger.info(f"Answers at step {state.global_step}: {scored}")
         metrics.update(scored)
-        state.log_history[-1].update(scored)
+        self.trainer.log(dict(scored))  # Trainer adds the epoch; trackers get it too
 
 
 def check_best_metric(training_args, chat_args):

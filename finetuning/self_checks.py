@@ -86,7 +86,7 @@ class SelfChecks(TrainerCallback):
             probe = Probe(model, self.pad_token_id, rounding_unit(model, autocast), next(iter(autocast), None))
             if args.do_train or args.do_eval:
                 self.check_losses(probe, self.data["train" if args.do_train else "validation"], args)
-            prompts = [self.data[split] for split in ("test", "questions") if split in self.data]
+            prompts = [self.data[split] for split in ("test", "questions", "samples") if split in self.data]
             if prompts:
                 self.results["answers"] = probe.answers(prompts_of(prompts[0]))
         self.results["seconds"] = round(time.perf_counter() - began, 2)
