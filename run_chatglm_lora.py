@@ -38,6 +38,12 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
+
+if __name__ == "__main__" and importlib.util.find_spec("finetuning"):
+    from finetuning import flag_names
+
+    flag_names.check(__file__)  # a misspelt flag is told at once: what follows takes seconds
+
 import datasets
 import peft
 import tokenizers
@@ -71,6 +77,7 @@ try:
         chat_rows,
         data_files,
         encoding,
+        estimate,
         file_rows,
         flags,
         label_smoothing,
@@ -83,7 +90,10 @@ try:
         preconditions,
         prediction,
         prefix_tuning,
+        preview,
+        progress,
         provenance,
+        samples,
         scores,
         screen,
         self_checks,
@@ -199,18 +209,25 @@ class ChatArguments:
     pad_to_max_length: bool = argument(False, "Pad every batch to the maximum, for devices that want one shape.")
     max_predict_samples: int | None = argument(None, "Answer the first N test rows only.")
     predict_with_generate: bool = argument(False, "With --do_eval: also answer the validation rows, and score that.")
+    eval_generate_every: int = argument(1, "With --predict_with_generate: answer at every N-th evaluation only.")
     num_beams: int = argument(1, "Beams of the answers' search.")
     do_sample: bool = argument(False, "Draw the answers' tokens instead of taking the likeliest.")
     temperature: float = argument(1.0, "Sharpness of --do_sample; lower is sharper.")
     top_p: float = argument(1.0, "Share of the likeliest tokens that --do_sample draws from.")
     self_check: bool = argument(True, "Try what the run relies on in the model first (docs/self_checks.md).")
+    sample_prompts: str | None = argument(
+        None, "File of questions, one a line, that are answered at each evaluation of a training, into samples.jsonl."
+    )
+    preview: int | None = argument(None, "Print the first N rows as the model sees them, and stop.")
+    preview_html: str | None = argument(None, "Write the first rows, token by token, as a page, and stop.")
+    dry_run: bool = argument(False, "Say what the training needs, without loading weights, and stop.")
 
     def __post_init__(self):
         if self.prompt_column is None and self.data_format == "auto" and (self.response_column or self.history_column):
             raise ValueError("--response_column and --history_column belong to a --prompt_column: name it too.")
         if self.data_format in ("text", "messages") and (self.prompt_column or self.response_column):
             raise ValueError(f"--data_format {self.data_format} has no --prompt_column and no --response_column.")
-        for flag in ("max_source_length", "max_target_length", "num_beams"):
+        for flag in ("max_source_length", "max_target_length", "num_beams", "eval_generate_every"):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag} must be at least 1, not {getattr(self, flag)}.")
         if not (self.temperature > 0 and 0 < self.top_p <= 1):
@@ -223,6 +240,11 @@ class ChatArguments:
             raise ValueError("--pack_to_length and --pad_to_max_length exclude each other: drop one of the flags.")
         if self.pack_to_length is not None and self.no_padding_free:
             raise ValueError("--pack_to_length needs rows end to end: drop --no_padding_free.")
+
+    @property
+    def only_looks(self) -> bool:
+        """Whether the run ends before a model is loaded, and leaves nothing in --output_dir."""
+        return self.preview is not None or self.preview_html is not None or self.dry_run
 
 
 @dataclass
@@ -257,6 +279,11 @@ class LoraArguments:
     )
     load_in_4bit: bool = argument(False, "Quantise the base to 4 bits while loading (QLoRA; needs bitsandbytes).")
     load_in_8bit: bool = argument(False, "Quantise the base to 8 bits while loading (needs bitsandbytes).")
+    attn_implementation: str = argument(
+        "auto",
+        "eager, sdpa, flex_attention, flash_attention_2, flash_attention_3 or a kernel of the hub, such as "
+        "kernels-community/flash-attn2; auto: sdpa where the model has it, by one call for rows end to end on a GPU.",
+    )
     use_checkpoint_code: bool = argument(False, "Use a ChatGLM checkpoint's own code; needs --trust_remote_code.")
     plot_loss: bool = argument(True, "Draw the losses into training_loss.png at the end (needs matplotlib).")
 
@@ -281,12 +308,19 @@ def parsed_arguments():
     parser.set_defaults(logging_steps=LOGGED_SHARE)  # in --help
     given = argument_files.given_arguments(parser, launching.prepared_words(sys.argv[1:]), ARGUMENT_CLASSES)
     adapters.check_init(given)
-    return parser.parse_dict({**log_defaults(given), **scores.metric_defaults(given), **given})
+    defaults = {**gpu_defaults(), **log_defaults(given), **scores.metric_defaults(given)}
+    defaults |= progress.bar_defaults(given)
+    return parser.parse_dict({**defaults, **launching.on_one_processor(given)})
 
 
 def log_defaults(given) -> dict:
     """Without --logging_steps, a share of all steps between two log lines; Trainer's own 500 between evaluations."""
     return {} if "logging_steps" in given else {"logging_steps": LOGGED_SHARE, "eval_steps": 500}
+
+
+def gpu_defaults() -> dict:
+    """Batches are made while a GPU computes, and it is not waited for to filter losses: such a run is stopped."""
+    return {"dataloader_num_workers": int(torch.cuda.is_available()), "logging_nan_inf_filter": False}
 
 
 def parsed_words(parser):
@@ -507,11 +541,13 @@ class EncodedChats(dict):
 
 def chats_as_ids(raw, row_format, tokenizer, config, chat_args, data_args, training_args):
     """Conversations as `EncodedChats`; plain text as it is, when model and flags allow blocks of it."""
+    samples.check(row_format, chat_args, training_args)
     if not row_format:
         check_text(config, data_args)
         if tokenizer.chat_template:
             chat_rows.check_text_columns(text_columns(next(iter(raw.values()))), chat_args)
         return raw
+    launching.check_parallelism(training_args)
     chat_args = within_positions(chat_args, config)
     return encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_args)
 
@@ -560,11 +596,13 @@ def encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_arg
     asked = {"test": (raw.get("test"), chat_args.max_predict_samples)} if training_args.do_predict else {}
     if training_args.do_eval and chat_args.predict_with_generate:
         asked["questions"] = (raw["validation"], limits["validation"])
+    if chat_args.sample_prompts:
+        asked["samples"] = (samples.sample_rows(chat_args.sample_prompts), None)
     for split, (rows, limit) in asked.items():
         rows = capped(rows, limit)
-        own = {**options, "split": split}
+        own = {**options, "split": split, "row_format": samples.MESSAGES if split == "samples" else row_format}
         data[split] = encoded_split(rows, encoded_prompts, own, data_args, training_args)
-        data[split] = chat_rows.without_bad_rows(data[split], split, rows, training_args)
+        data[split] = chat_rows.without_bad_rows(data[split], split, rows, chat_args, training_args)
     if chat_args.pack_to_length and "train" in data:
         options = {"fn_kwargs": {"length": chat_args.pack_to_length}, "remove_columns": list(EMPTY_EXAMPLE)[:3]}
         options["features"] = features_of("input_ids", "labels", "position_ids")
@@ -727,11 +765,17 @@ def loaded_config(model_args):
             ) from error
     if model_args.model_type is None:
         raise ValueError("There is no model: pass --model_name_or_path, or --model_type to start from scratch.")
+    if model_args.model_type not in CONFIG_MAPPING:
+        near = mistakes.did_you_mean(model_args.model_type, CONFIG_MAPPING)
+        raise ValueError(f"--model_type {model_args.model_type} is none of transformers' model types.{near}")
     config = CONFIG_MAPPING[model_args.model_type]()
     logger.warning(f"A new {model_args.model_type} config is made from the defaults.")
     if model_args.config_overrides is not None:
         logger.info(f"Overriding the config: {model_args.config_overrides}")
-        config.update_from_string(model_args.config_overrides)
+        try:
+            config.update_from_string(model_args.config_overrides)
+        except ValueError as error:
+            raise ValueError(f"--config_overrides {model_args.config_overrides}: {error}.") from error
         logger.info(f"The new config: {config}")
     return config
 
@@ -768,12 +812,13 @@ def loaded_model(model_args, lora_args, training_args, config, tokenizer):
     """The model, from the checkpoint or from scratch, with an embedding for every token of the tokenizer."""
     if model_args.model_name_or_path:
         dtype = model_args.dtype if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
-        options = {**hub_options(model_args), **quantization_options(lora_args, training_args)}
+        options = {**hub_options(model_args), **loading_options(lora_args, training_args)}
         name = model_args.model_name_or_path
         model = model_class(config).from_pretrained(name, config=config, dtype=dtype, **options)
         logger.info(f"Code of the model: {provenance.code_in_words(model)}")
     else:
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code)
+        options = attention_options(lora_args)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_args.trust_remote_code, **options)
         count = sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())  # shared tensors once
         logger.info(f"A new model with {count / 2**20:.2f}M parameters")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # under ZeRO-3 the weight itself is empty
@@ -781,10 +826,15 @@ def loaded_model(model_args, lora_args, training_args, config, tokenizer):
     return model
 
 
-def quantization_options(lora_args, training_args):
-    """from_pretrained options for --load_in_4bit (NF4 with double quantisation, as QLoRA) and --load_in_8bit."""
+def attention_options(lora_args):
+    return {} if lora_args.attn_implementation == "auto" else {"attn_implementation": lora_args.attn_implementation}
+
+
+def loading_options(lora_args, training_args):
+    """from_pretrained options for the attention, --load_in_4bit (NF4, double quantisation, as QLoRA) and 8bit."""
+    options = attention_options(lora_args)
     if not (lora_args.load_in_4bit or lora_args.load_in_8bit):
-        return {}
+        return options
     if not lora_args.use_lora:
         raise ValueError("Quantised weights cannot be trained: drop --no_use_lora, --load_in_4bit or --load_in_8bit.")
     config = BitsAndBytesConfig(
@@ -794,7 +844,7 @@ def quantization_options(lora_args, training_args):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float16 if training_args.fp16 else torch.bfloat16,
     )
-    options = {"quantization_config": config}
+    options |= {"quantization_config": config}
     if not is_deepspeed_zero3_enabled():  # which deals the model out itself
         options["device_map"] = {"": training_args.device}
     return options
@@ -833,13 +883,30 @@ def adapted_model(model, lora_args, training_args):
 # ------------------------------------------------------------------------------------------------------- the stages
 
 
-def check_request(model_args, data_args, lora_args, training_args):
+def check_request(model_args, data_args, lora_args, training_args, launches=True):
     """Raise an error for what cannot be done, or not in the way that it was started, before anything is loaded."""
     preconditions.check(model_args, data_args, lora_args, training_args)
-    launching.check_launch(training_args)
+    if launches:
+        launching.check_launch(training_args)
     if training_args.do_train:  # no result beside one of another kind
         kind = "prefix" if lora_args.pre_seq_len else "adapter" if lora_args.use_lora else "full model"
         adapters.check_output_folder(Path(training_args.output_dir), kind)
+
+
+def look_ahead(data, tokenizer, config, model_args, chat_args, lora_args, training_args, row_format):
+    """--preview, --preview_html and --dry_run: what the model would see, and what its training would need."""
+
+    def model(dtype, *arguments):
+        trust = model_args.trust_remote_code
+        return adapted_model(estimate.empty_model(model_class(config), config, dtype, tokenizer, trust), *arguments)
+
+    def collator(model):
+        return chat_collator(model, tokenizer, chat_args, training_args) if row_format else block_collator
+
+    preview.show(data, tokenizer, chat_args)
+    if chat_args.dry_run:
+        dtype = estimate.dtype_of(config, model_args.dtype)
+        estimate.show(model, collator, data, dtype, lora_args, training_args)
 
 
 def safeguards(arguments, data, tokenizer):
@@ -944,12 +1011,14 @@ def complete(metrics) -> dict:
     return metrics
 
 
-def answer_while_training(trainer, tokenizer, data, chat_args):
-    """With --predict_with_generate, answers and their scores at each evaluation of the training."""
+def watch_training(trainer, tokenizer, data, chat_args, lora_args):
+    """A bar and a picture; at each evaluation, answers with their scores (--predict_with_generate) and samples."""
+    progress.show_progress(trainer, lora_args.plot_loss)
     prediction.check_best_metric(trainer.args, chat_args)
-    if isinstance(data, EncodedChats) and "questions" in data:
-        how = (tokenizer, data["questions"], chat_args, padding_id(tokenizer))
-        trainer.add_callback(prediction.AnswersWhileTraining(trainer, *how))
+    answering = {"questions": prediction.AnswersWhileTraining, "samples": samples.SampleAnswers}
+    for split, callback in answering.items() if isinstance(data, EncodedChats) else ():
+        if split in data:
+            trainer.add_callback(callback(trainer, tokenizer, data[split], chat_args, padding_id(tokenizer)))
 
 
 def answer(trainer, tokenizer, data, chat_args):
@@ -991,6 +1060,8 @@ def guarded_trainer(
     Callbacks of the script's own stay, before ours. A stream of conversations is made endless here, after run_clm.py's
     lines have cut it to its limit.
     """
+    if chat_args.only_looks:
+        raise ValueError("--preview, --preview_html and --dry_run are flags of run_chatglm_lora.py itself: run that.")
     guards = safeguards((model_args, chat_args, lora_args, args), {"train": train_dataset}, processing_class)
     splits = {**(data if row_format else {}), "train": train_dataset, "validation": eval_dataset}
     options |= trainer_options(model, processing_class, row_format, splits, chat_args, args, guards)
@@ -998,7 +1069,7 @@ def guarded_trainer(
     train_dataset = batches.repeated_stream(train_dataset) if row_format else train_dataset
     fixed = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
     trainer = trainer_class(model=model, args=args, **fixed, **options)
-    answer_while_training(trainer, processing_class, data, chat_args)
+    watch_training(trainer, processing_class, data, chat_args, lora_args)
     return trainer, guards
 
 
@@ -1024,7 +1095,7 @@ def saved(trainer, guards, model_args, row_format):
 def main():
     model_args, data_args, chat_args, lora_args, training_args = parsed_arguments()
     screen.set_up_logging(training_args)
-    check_request(model_args, data_args, lora_args, training_args)
+    check_request(model_args, data_args, lora_args, training_args, launches=not chat_args.only_looks)
     set_seed(training_args.seed)
 
     raw, row_format = raw_datasets(model_args, data_args, chat_args, training_args)
@@ -1037,6 +1108,8 @@ def main():
     if not row_format:
         data = text_blocks(data, tokenizer, config, data_args, training_args)
     screen.show_data(data, raw)
+    if chat_args.only_looks:
+        return look_ahead(data, tokenizer, config, model_args, chat_args, lora_args, training_args, row_format)
     guards = safeguards((model_args, chat_args, lora_args, training_args), data, tokenizer)
 
     model = loaded_model(model_args, lora_args, training_args, config, tokenizer)
@@ -1044,7 +1117,7 @@ def main():
     model = adapted_model(model, lora_args, training_args)
     options = trainer_options(model, tokenizer, row_format, data, chat_args, training_args, guards)
     trainer = make_trainer(model, tokenizer, data, options, training_args)
-    answer_while_training(trainer, tokenizer, data, chat_args)
+    watch_training(trainer, tokenizer, data, chat_args, lora_args)
     model_card.name_sources(trainer, model_args, data_args, chat_args)
 
     if training_args.do_train:

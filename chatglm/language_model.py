@@ -49,8 +49,11 @@ def refuse_unknown(keywords: dict[str, Any], owner: nn.Module):
             raise TypeError(f"{type(owner).__name__}.forward() got an unexpected keyword argument {name!r}")
 
 
-def summed_cross_entropy(states: torch.Tensor, targets: torch.Tensor, output_layer: nn.Module) -> torch.Tensor:
-    return nn.functional.cross_entropy(output_layer(states).float(), targets, reduction="sum")
+def summed_cross_entropy(
+    states: torch.Tensor, targets: torch.Tensor, ignore_index: int, output_layer: nn.Module
+) -> torch.Tensor:
+    logits = output_layer(states).float()
+    return nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
 
 
 class SummedCrossEntropy(torch.autograd.Function):
@@ -61,7 +64,14 @@ class SummedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, states: torch.Tensor, targets: torch.Tensor, output_layer: nn.Module, *weights: torch.Tensor):
+    def forward(
+        ctx,
+        states: torch.Tensor,
+        targets: torch.Tensor,
+        ignore_index: int,
+        output_layer: nn.Module,
+        *weights: torch.Tensor,
+    ):
         total, by_states = 0, []
         by_weights = [torch.zeros_like(weight) for weight in weights]
         for rows, labels in zip(states.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True):
@@ -71,13 +81,16 @@ class SummedCrossEntropy(torch.autograd.Function):
             # The gradient of the logits is their probabilities, less 1 at the target. Made in the place of the
             # logarithms it costs one pass over [N, V] where autograd takes three.
             change = nn.functional.log_softmax(logits.detach().float(), dim=-1)
-            targeted = (torch.arange(len(labels), device=labels.device), labels)
-            total = total - change[targeted].sum()
+            counted = labels != ignore_index  # [LOSS_ROWS]
+            targeted = (torch.arange(len(labels), device=labels.device), labels * counted)
+            total = total - (change[targeted] * counted).sum()
             change.exp_()[targeted] -= 1
+            if weights:
+                change *= counted[:, None]
             by_rows, *added = torch.autograd.grad(
                 logits, (rows, *weights), change.to(logits.dtype), materialize_grads=True
             )
-            by_states.append(by_rows)
+            by_states.append(by_rows * counted[:, None])
             for gradient, more in zip(by_weights, added, strict=True):
                 gradient += more
         ctx.save_for_backward(torch.cat(by_states), *by_weights)
@@ -86,7 +99,7 @@ class SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale: torch.Tensor):
         by_states, *by_weights = (gradient * scale for gradient in ctx.saved_tensors)
-        return by_states, None, None, *by_weights
+        return by_states, None, None, None, *by_weights
 
 
 @torch.compiler.disable  # the number of labelled positions is another one in every batch
@@ -96,29 +109,34 @@ def causal_lm_loss(
     output_layer: nn.Module,
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
+    chosen: bool = False,
 ) -> torch.Tensor:
     """Cross entropy in float32, with logits computed only where there is a target, and for few positions at a time.
 
     The value is that of the full computation: the mean over the positions with a target or, with
     `num_items_in_batch`, their sum divided by it. The memory grows neither with the sequence nor with the answers:
-    float32 logits of 1152 tokens over 65024 pieces are 300 MB a row.
+    float32 logits of 1152 tokens over 65024 pieces are 300 MB a row. `chosen` positions nearly all have a target: they
+    are all computed, because to count those that have one is to wait for the GPU.
 
     Shapes: states [B, S, H], targets [B, S] (what each position is to predict), output_layer [.., H] -> [.., V].
     """
     targets = targets.to(states.device)
     labelled = targets != ignore_index  # [B, S]
-    states, targets = states[labelled], targets[labelled]  # [N, H], [N]
+    if chosen:
+        states, targets = states.flatten(0, -2), targets.flatten()  # [N, H], [N]
+    else:
+        states, targets = states[labelled], targets[labelled]  # [N, H], [N]
     weights = [weight for weight in output_layer.parameters() if weight.requires_grad]
     if not torch.is_grad_enabled():
         chunks = zip(states.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
-        total = sum(summed_cross_entropy(*chunk, output_layer) for chunk in chunks)
+        total = sum(summed_cross_entropy(*chunk, ignore_index, output_layer) for chunk in chunks)
     elif weights and is_deepspeed_zero3_enabled():  # which has a whole weight only while its layer is at work
-        total = summed_cross_entropy(states, targets, output_layer)
+        total = summed_cross_entropy(states, targets, ignore_index, output_layer)
     else:
-        total = SummedCrossEntropy.apply(states, targets, output_layer, *weights)
+        total = SummedCrossEntropy.apply(states, targets, ignore_index, output_layer, *weights)
     if torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+    return total / (labelled.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def kept_states(states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -177,7 +195,8 @@ class CausalLMMixin:
             loss = causal_lm_loss(kept, shift_labels.view(kept.shape[:-1]), self.lm_head, num_items_in_batch)
         elif labels is not None:
             states = kept if labels.shape == kept.shape[:-1] else states
-            loss = causal_lm_loss(states[:, :-1], labels[:, 1:], self.lm_head, num_items_in_batch)
+            chosen = states is kept and torch.is_tensor(logits_to_keep) and len(labels) == 1
+            loss = causal_lm_loss(states[:, :-1], labels[:, 1:], self.lm_head, num_items_in_batch, chosen=chosen)
         return CausalLMOutputWithPast(
             logits=logits,
             loss=loss,

@@ -1,11 +1,14 @@
 """The first ChatGLM-6B: a prefix language model, which reads the prompt in both directions and then writes.
 
 Shapes: B batch, S tokens, K keys, H hidden size, n heads, d head size, P prefix length, L layers, V vocabulary rows,
-T position streams (2: place in the text and place in the answer, or 1 with position_encoding_2d=false).
+T position streams (2: place in the text and place in the answer, or 1 with position_encoding_2d=false), N rows that
+lie end to end in a batch [1, S].
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -51,6 +54,28 @@ def first_index(flags: torch.Tensor) -> torch.Tensor:
     return torch.where(flags.any(-1), flags.int().argmax(-1), length)[:, None]
 
 
+class FlattenedRows(NamedTuple):
+    """Rows laid end to end: a token of a prompt sees the whole prompt, one of an answer what stands before it."""
+
+    number: torch.Tensor  # of the row of each token, [S]
+    in_prompt: torch.Tensor  # [1, S]
+    part_bounds: torch.Tensor  # where prompts and answers begin in turn, and the end, [2N + 1]
+
+    @classmethod
+    def of(cls, own: torch.Tensor, context_end: torch.Tensor, bounds: torch.Tensor) -> "FlattenedRows":
+        """From the tokens `own` [N, S] of each row, where its prompt ends [N, 1], and its bounds [N + 1]."""
+        starts = bounds[:-1, None]
+        context_end = torch.where(context_end < own.shape[1], context_end, starts)  # without <sop>: all in order
+        in_prompt = own & (torch.arange(own.shape[1], device=own.device) < context_end)  # [N, S]
+        parts = torch.cat((starts, context_end), dim=1).flatten()
+        part_bounds = torch.cat((parts, bounds[-1:])).to(bounds.dtype)
+        return cls(own.int().argmax(dim=0), in_prompt.any(dim=0, keepdim=True), part_bounds)
+
+    def sees(self, batch, head, query, key):
+        """Which keys a query sees, as the library's `mask_function`."""
+        return (self.number[query] == self.number[key]) & ((key <= query) | self.in_prompt[batch, key])
+
+
 class ChatGLM6BAttention(nn.Module):
     def __init__(self, config: ChatGLM6BConfig, layer_idx: int):
         super().__init__()
@@ -72,6 +97,7 @@ class ChatGLM6BAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rows: FlattenedRows | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         refuse_unknown(kwargs, self)
@@ -88,9 +114,17 @@ class ChatGLM6BAttention(nn.Module):
             key, value = (torch.cat(pair, dim=2) for pair in zip(prefix, (key, value), strict=True))
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        context, weights = attend(
-            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
-        )  # [B, S, n, d]
+        attend = partial(attend, self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling)
+        if rows is None or attention_mask is not None:
+            context, weights = attend(**kwargs)  # [B, S, n, d]
+        else:
+            # A kernel that knows rows by their bounds is called twice: a causal call is right for the answers, one in
+            # which all of a part see one another for the prompts. Half is thrown away, but nothing has to be gathered:
+            # attention is 1 % of the work at rows of 256 tokens.
+            context, weights = attend(**kwargs, is_causal=True)
+            parts = {"cu_seq_lens_q": rows.part_bounds, "cu_seq_lens_k": rows.part_bounds, "row_ends": None}
+            prompts, _ = attend(**{**kwargs, **parts}, is_causal=False)
+            context = torch.where(rows.in_prompt[..., None, None], prompts, context)
         return self.dense(context.flatten(2)), weights  # [B, S, H]
 
 
@@ -174,11 +208,21 @@ class ChatGLM6BModel(ChatGLM6BPreTrainedModel):
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
 
         starts = self.is_token(self.config.bos_token_id, input_ids, inputs_embeds)
+        bounds = kwargs.get("cu_seq_lens_q")
+        rows = None
+        if bounds is not None and attention_mask is None and len(inputs_embeds) == 1 and not past_length:
+            if self.config.pre_seq_len:
+                raise ValueError("With pre_seq_len, rows cannot be flattened into one; pad them instead.")
+            own = tokens_of_rows(bounds, inputs_embeds.shape[1])  # [N, S]
+            rows = FlattenedRows.of(own, first_index(starts & own), bounds)
         if position_ids is None or position_ids.dim() == 2 and self.config.position_encoding_2d:
             # The library's plain 0, 1, 2, ... say nothing about where the answer begins.
-            real = real_tokens(attention_mask, past_length, inputs_embeds.shape[1])
-            position_ids = self.derived_position_ids(input_ids, inputs_embeds, real) + past_length
-        mask = self.layer_mask(inputs_embeds, attention_mask, past_key_values, first_index(starts))
+            if rows is not None:
+                position_ids = self.flattened_position_ids(input_ids, inputs_embeds, own)
+            else:
+                real = real_tokens(attention_mask, past_length, inputs_embeds.shape[1])
+                position_ids = self.derived_position_ids(input_ids, inputs_embeds, real) + past_length
+        mask = self.layer_mask(inputs_embeds, attention_mask, past_key_values, first_index(starts), rows)
         position_embeddings = rotary_tables(position_ids, self.config, inputs_embeds.dtype)
         prefixes = [None] * len(self.layers)
         if self.prefix_encoder is not None:
@@ -191,6 +235,7 @@ class ChatGLM6BModel(ChatGLM6BPreTrainedModel):
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
                 prefix=prefix,
+                rows=rows,
                 use_cache=use_cache,
                 **{CACHE: past_key_values},
                 **kwargs,
@@ -212,19 +257,23 @@ class ChatGLM6BModel(ChatGLM6BPreTrainedModel):
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None = None,
         real: torch.Tensor | None = None,
+        checked: bool = False,
     ) -> torch.Tensor:
         """Positions [B, 2, S] (or [B, S]) of whole rows, counted from the first token that `real` [B, S] marks.
 
         Up to <sop> the first stream counts; from there it stays at the [gMASK] or [MASK] that is being filled in,
-        and the second one counts. Raises ValueError for a row without <sop>, or with neither of the two masks.
+        and the second one counts. Raises ValueError for a row without <sop>, or with neither of the two masks, unless
+        the rows are `checked`.
         """
-        is_gmask = self.is_token(self.config.gmask_token_id, input_ids, inputs_embeds)
-        is_mask = self.is_token(self.config.mask_token_id, input_ids, inputs_embeds)
+        special = (self.config.gmask_token_id, self.config.mask_token_id, self.config.bos_token_id)
+        is_gmask, is_mask, is_start = (self.is_token(each, input_ids, inputs_embeds) for each in special)
+        if real is not None:
+            is_gmask, is_mask, is_start = is_gmask & real, is_mask & real, is_start & real
         is_filled = torch.where(is_gmask.any(-1, keepdim=True), is_gmask, is_mask)
-        context_length = first_index(self.is_token(self.config.bos_token_id, input_ids, inputs_embeds))  # [B, 1]
+        context_length = first_index(is_start)  # [B, 1]
         filled = first_index(is_filled)  # [B, 1]
         length = is_mask.shape[1]
-        if not torch.compiler.is_compiling():
+        if not checked and not torch.compiler.is_compiling():
             check_special_tokens(context_length.lt(length).all(), filled.lt(length).all())
 
         index = torch.arange(length, device=is_mask.device)  # [S]
@@ -235,12 +284,23 @@ class ChatGLM6BModel(ChatGLM6BPreTrainedModel):
             return torch.stack((stopped, (index - context_length + 1).clamp(min=0)), dim=1)
         return torch.where(is_gmask.any(-1, keepdim=True), counted, stopped)
 
+    def flattened_position_ids(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, own: torch.Tensor
+    ) -> torch.Tensor:
+        """Positions [1, 2, S] (or [1, S]) of rows end to end, of which `own` [N, S] marks the tokens."""
+        input_ids = None if input_ids is None else input_ids.expand(len(own), -1)
+        # A look at the ids would make each step of a training wait for the GPU; an evaluation has looked at the first.
+        checked = self.training and own.is_cuda
+        positions = self.derived_position_ids(input_ids, inputs_embeds.expand(len(own), -1, -1), own, checked)
+        return (positions * own.view(len(own), *[1] * (positions.dim() - 2), -1)).sum(dim=0, keepdim=True)
+
     def layer_mask(
         self,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
         context_length: torch.Tensor,
+        rows: FlattenedRows | None,
     ):
         """The mask of all layers, in the form that the attention kernel in use wants.
 
@@ -249,6 +309,8 @@ class ChatGLM6BModel(ChatGLM6BPreTrainedModel):
         if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
             return attention_mask  # a flex BlockMask
         batch_size, length = inputs_embeds.shape[:2]
+        if rows is not None:
+            return self.kernel_mask(inputs_embeds, length, rows.sees, None)
         past_length, key_length = 0, length
         if past_key_values is not None:
             past_length, key_length = past_key_values.get_seq_length(), past_key_values.get_mask_sizes(length, 0)[0]
@@ -265,16 +327,29 @@ class ChatGLM6BModel(ChatGLM6BPreTrainedModel):
                 later = max(0, key_length - attention_mask.shape[1])
                 seen = seen & nn.functional.pad(attention_mask.bool(), (0, later))[:, None]
         seen = nn.functional.pad(seen, (self.config.pre_seq_len or 0, 0), value=True)
+        sees = lambda batch, head, query, key: seen[batch, query, key]  # noqa: E731
+        return self.kernel_mask(inputs_embeds, seen.shape[-1], sees, seen.any(dim=1))
+
+    def kernel_mask(self, inputs_embeds: torch.Tensor, key_length: int, sees: Callable, real: torch.Tensor | None):
+        """What the interface makes of a `mask_function`; None of `real` keys [B, K] tells that rows lie end to end."""
         return ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation](
-            batch_size=batch_size,
-            q_length=length,
-            kv_length=seen.shape[-1],
-            mask_function=lambda batch, head, query, key: seen[batch, query, key],
+            batch_size=len(inputs_embeds),
+            q_length=inputs_embeds.shape[1],
+            kv_length=key_length,
+            mask_function=sees,
+            attention_mask=real,
+            is_causal=False,  # for row by row attention, which else takes every row as causal
             allow_is_causal_skip=False,
             dtype=inputs_embeds.dtype,
             device=inputs_embeds.device,
             config=self.config,
         )
+
+
+def tokens_of_rows(bounds: torch.Tensor, length: int) -> torch.Tensor:
+    """Which tokens belong to each of the rows that lie end to end, [N + 1] -> [N, S]."""
+    index = torch.arange(length, device=bounds.device)
+    return (bounds[:-1, None] <= index) & (index < bounds[1:, None])
 
 
 def check_special_tokens(all_have_sop: torch.Tensor, all_have_mask: torch.Tensor):
@@ -342,6 +417,16 @@ class ChatGLM6BForConditionalGeneration(ChatMixin, CausalLMMixin, ChatGLM6BPreTr
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
         self.freeze_untrained()
+
+    def tie_weights(self, missing_keys: set[str] | None = None, **options):
+        """Ties output layer and embeddings, unless the checkpoint that is being loaded holds two that differ.
+
+        Those were trained apart. The library leaves them as they are, and says so, but ties them at the next call, as
+        of `resize_token_embeddings`, unless the configuration says what was found.
+        """
+        super().tie_weights(missing_keys=missing_keys, **options)
+        if missing_keys is not None and "lm_head.weight" not in self.all_tied_weights_keys:
+            self.config.tie_word_embeddings = False
 
     def fallback_token_id(self, tokenizer) -> int:
         return tokenizer.convert_tokens_to_ids("▁")  # 5, or 20005 in the first release

@@ -6,10 +6,10 @@ Shapes: n query heads, g key/value heads, d head size, H hidden size, r rank of 
 
 import torch
 from tokenizers import Tokenizer
-from transformers import GlmConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import GlmConfig, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .configuration_chatglm import ChatGLMConfig
-from .tokenization_parts import PartsTokenizer
+from .tokenization_parts import TRIMMED_ANSWERS, PartsTokenizer
 
 
 NAMES = {  # parts of parameter names
@@ -23,20 +23,6 @@ NAMES = {  # parts of parameter names
 }
 FUSED, SPLIT = "self_attention.query_key_value", [f"self_attn.{part}_proj" for part in "qkv"]
 COMPUTED = "rotary_pos_emb.inv_freq"
-# Before any template. An answer begins with the newline and the blank that follow its role in the prompt; servers hand
-# it back in the history as it came, and untrimmed it would stand there with two of each, as in no training example.
-TRIMMED_ANSWERS = """\
-{%- set given = namespace(messages=[]) -%}
-{%- for message in messages -%}
-{%- if message['role'] == 'assistant' and message['content'] is string and not message['tool_calls'] -%}
-{%- set answer = {'role': 'assistant', 'content': message['content'] | trim, 'metadata': message['metadata']} -%}
-{%- set given.messages = given.messages + [answer] -%}
-{%- else -%}
-{%- set given.messages = given.messages + [message] -%}
-{%- endif -%}
-{%- endfor -%}
-{%- set messages = given.messages -%}
-"""
 EXPRESSED_ONLY = {  # what the native class computes: the only value that it can take over
     "rmsnorm": True,
     "post_layer_norm": True,
@@ -104,6 +90,12 @@ def split_rows(fused: torch.Tensor, config: ChatGLMConfig) -> list[torch.Tensor]
     return [part.flatten(0, 1) for part in fused.unflatten(0, (heads, 3, -1)).unbind(1)]
 
 
+def served_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template for a folder that engines serve: it trims answers, where these begin with white space."""
+    begins_blank = isinstance(tokenizer, PartsTokenizer) and not tokenizer.suffix  # all but ChatGLM-6B
+    return TRIMMED_ANSWERS + tokenizer.chat_template if begins_blank else tokenizer.chat_template
+
+
 def native_tokenizer(tokenizer: PartsTokenizer) -> PreTrainedTokenizerFast:
     """The library's plain fast tokenizer with the same vocabulary, prompts and special tokens.
 
@@ -117,7 +109,7 @@ def native_tokenizer(tokenizer: PartsTokenizer) -> PreTrainedTokenizerFast:
         eos_token=tokenizer.eos_token,
         pad_token=tokenizer.pad_token,
         unk_token=tokenizer.unk_token,
-        chat_template=TRIMMED_ANSWERS + tokenizer.chat_template,
+        chat_template=served_template(tokenizer),
         model_max_length=tokenizer.model_max_length,
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],

@@ -13,7 +13,16 @@ from .configuration_chatglm import SECOND_GENERATION, generation_of
 from .sentencepiece_files import KINDS, cuts_of, names_not_in_text, normalizers_of, read_model, unigram_pieces
 from .tokenization_chatglm_6b import VOCAB_FILES_NAMES as FIRST_VOCAB_FILES_NAMES
 from .tokenization_chatglm_6b import ChatGLM6BTokenizer
-from .tokenization_parts import ROLE_TOKENS, Part, PartsTokenizer, config_beside, is_trained, new_tokens, turns_of
+from .tokenization_parts import (
+    ROLE_TOKENS,
+    TRIMMED_ANSWERS,
+    Part,
+    PartsTokenizer,
+    config_beside,
+    is_trained,
+    new_tokens,
+    turns_of,
+)
 
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -243,7 +252,7 @@ class ChatGLMTokenizer(PartsTokenizer):
         return f"```python\ntool_call({called})\n```"
 
     def _own_prompt(self, template: str) -> bool:
-        return template == CHAT_TEMPLATES[self.generation]
+        return template.removeprefix(TRIMMED_ANSWERS) == CHAT_TEMPLATES[self.generation]
 
     def _parts(self, messages: list[dict], tools: list, cue: bool, template: str) -> list[Part]:
         if self.roles:

@@ -12,6 +12,20 @@ from transformers.utils import get_json_schema
 
 VOCAB_FILES_NAMES = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
 ROLE_TOKENS = {role: f"<|{role}|>" for role in ("system", "user", "assistant", "observation")}
+# Before any template. An answer begins with the newline and the blank that follow its role in the prompt; servers hand
+# it back in the history as it came, and untrimmed it would stand there with two of each, as in no training example.
+TRIMMED_ANSWERS = """\
+{%- set given = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' and message['content'] is string and not message['tool_calls'] -%}
+{%- set answer = {'role': 'assistant', 'content': message['content'] | trim, 'metadata': message['metadata']} -%}
+{%- set given.messages = given.messages + [answer] -%}
+{%- else -%}
+{%- set given.messages = given.messages + [message] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = given.messages -%}
+"""
 
 
 class Part(NamedTuple):
@@ -144,6 +158,16 @@ class PartsTokenizer(TokenizersBackend):
     def _text_of(self, parts: list[Part]) -> str:
         """The prompt as text: tokenised with special tokens found in it, it gives the ids of the parts."""
         return "".join(part.text for part in parts)
+
+    def _encode_plus(self, text, text_pair=None, **options) -> BatchEncoding:
+        if not isinstance(text, str) or text_pair != "":
+            return super()._encode_plus(text=text, text_pair=text_pair, **options)
+        # The library takes one empty text for no text, and would leave out the token that ends a pair; in a batch not.
+        encoding = super()._encode_plus(text=[text], text_pair=[text_pair], **options)
+        if options.get("return_tensors") or options.get("return_overflowing_tokens"):
+            return encoding
+        single = {name: rows[0] if isinstance(rows[0], list) else rows for name, rows in encoding.items()}
+        return BatchEncoding(single, encoding.encodings)
 
     def _convert_encoding(self, encoding, *args, **kwargs):
         columns, encodings = super()._convert_encoding(encoding, *args, **kwargs)

@@ -233,7 +233,14 @@ def check_base(adapter: str, model):
 
 
 def opened_adapter(model, adapter: str, is_trainable: bool) -> peft.PeftModel:
-    """The model inside the adapter with a path or hub name; ValueError if they do not belong together."""
+    """The model inside the adapter with a path or hub name; ValueError if they do not belong together.
+
+    A model on the meta device, of which only shapes are asked, gets an adapter of the same shapes.
+    """
+    if model.device.type == "meta":
+        config = peft.PeftConfig.from_pretrained(adapter)
+        config.inference_mode = not is_trainable
+        return peft.get_peft_model(model, config)
     check_base(adapter, model)
     try:
         return peft.PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)

@@ -13,14 +13,12 @@ from itertools import pairwise
 import torch
 from datasets import IterableDataset
 from peft import PeftModel
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import DataCollatorWithFlattening
 
 
 logger = logging.getLogger("run_chatglm_lora.batches")
 
 IGNORE_INDEX = -100  # the label that torch's cross entropy leaves out
-ROWWISE = "sdpa_rowwise"
-SDPA, SDPA_MASK = AttentionInterface()["sdpa"], AttentionMaskInterface()["sdpa"]
 
 
 @dataclass
@@ -56,36 +54,36 @@ class PaddedCollator:
         return batch
 
 
-class FlattenedCollator:
+class FlattenedCollator(DataCollatorWithFlattening):
     """Rows laid end to end, [1, S], without padding; each attends to itself only, and its positions begin at 0.
 
     Logits are made where the next token has a label, and at the end of each row: `logits_to_keep` [N]. The labels
-    [1, N] of a row begin with -100, so that they are one position ahead of the logits, as everywhere.
+    [1, N] of a row begin with -100, so that they are one position ahead of the logits, as everywhere. The library's
+    collator, which knows neither packs nor these, makes the rest, with the bounds of the rows for the attention;
+    `row_ends` are these again as a list, which is read without a wait for the GPU.
     """
 
+    def __init__(self):
+        super().__init__(return_flash_attn_kwargs=True)
+
     def __call__(self, rows):
-        ids, positions, labels, kept, ends = [], [], [], [], [0]
-        for row in rows:
-            starts = [0, len(row["input_ids"])]
-            if "position_ids" in row:  # several rows in a pack
-                starts = [i for i, position in enumerate(row["position_ids"]) if position == 0] + starts[1:]
-            for start, end in pairwise(starts):
-                trained = [i for i in range(start + 1, end) if row["labels"][i] != IGNORE_INDEX]
-                labels += [IGNORE_INDEX] + [row["labels"][i] for i in trained]
-                kept += [ends[-1] + i - start - 1 for i in trained] + [ends[-1] + end - start - 1]
-                positions += range(end - start)
-                ends.append(ends[-1] + end - start)
-            ids += row["input_ids"]
-        bounds, longest = torch.tensor(ends, dtype=torch.int32), max(b - a for a, b in pairwise(ends))
+        batch = super().__call__([single for row in rows for single in single_rows(row)])
+        bounds, labels = batch["cu_seq_lens_q"].long(), batch["labels"][0]
+        trained = labels != IGNORE_INDEX  # [S]; no row's first token is
+        last, first = torch.zeros_like(trained), torch.zeros_like(trained)
+        last[bounds[1:] - 1] = first[bounds[:-1]] = True
         return {
-            "input_ids": torch.tensor([ids]),
-            "position_ids": torch.tensor([positions]),
-            "labels": torch.tensor([labels]),
-            "logits_to_keep": torch.tensor(kept),
-            # what flash attention knows the rows by, and what ours does: a list, which needs no wait for the GPU
-            **{"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest},
-            "row_ends": ends,
+            **batch,
+            "labels": labels[trained | first][None],
+            "logits_to_keep": (trained.roll(-1) | last).nonzero()[:, 0],
+            "row_ends": bounds.tolist(),
         }
+
+
+def single_rows(row) -> list[dict]:
+    """The rows in a pack, whose positions begin at 0 in each; a row that is none is the only one."""
+    ends = [i for i, position in enumerate(row.get("position_ids") or [0]) if position == 0] + [len(row["input_ids"])]
+    return [{name: list(row[name][a:b]) for name in ("input_ids", "labels")} for a, b in pairwise(ends)]
 
 
 def packed(batch, length):
@@ -174,27 +172,3 @@ def chat_collator(padding_id, chat_args, training_args, longest):
     )
     asked = chat_args.padding_free or chat_args.pack_to_length
     return ChatCollator(padded, longest, end_to_end=bool(asked and not chat_args.pad_to_max_length))
-
-
-def rowwise_attention(module, query, key, value, attention_mask, row_ends=None, **kwargs):
-    """sdpa row by row over a flattened batch, query [1, heads, S, d]; sdpa over any other.
-
-    One mask over all rows would make each attend to all others, only to throw that away: 8 times the work in a batch
-    of 8 rows.
-    """
-    if row_ends is None:
-        return SDPA(module, query, key, value, attention_mask, **kwargs)
-    rows = [
-        SDPA(module, *(states[:, :, start:end] for states in (query, key, value)), None, **kwargs)[0]
-        for start, end in pairwise(row_ends)
-    ]
-    return torch.cat(rows, dim=1), None  # [1, S, heads, d]
-
-
-def rowwise_mask(*args, attention_mask=None, **kwargs):
-    """No mask where there is no padding: each row is causal in itself."""
-    return None if attention_mask is None else SDPA_MASK(*args, attention_mask=attention_mask, **kwargs)
-
-
-AttentionInterface.register(ROWWISE, rowwise_attention)
-AttentionMaskInterface.register(ROWWISE, rowwise_mask)

@@ -12,7 +12,6 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
-from operator import itemgetter
 from pathlib import Path
 
 import datasets
@@ -264,7 +263,7 @@ def row_of(cells) -> dict:
     if cells["problem"]:
         raise BadRow(cells["problem"])
     try:
-        row = parsed(cells["row"])
+        row = parsed(cells["row"], cells["place"])
     except json.JSONDecodeError as error:
         raise BadRow(f"{cells['place']}, column {error.colno}: not JSON: {error.msg}: {cells['row'][:80]}") from None
     if not isinstance(row, dict):
@@ -272,13 +271,27 @@ def row_of(cells) -> dict:
     return row
 
 
-def parsed(text):
-    """The value of a JSON text: floats as they are written, NaN (which pandas writes) as null, no half characters."""
-    value = json.loads(text, parse_float=WrittenNumber, parse_constant=lambda name: None)
+def parsed(text, place):
+    """The value of a JSON text: floats as they are written, NaN (which pandas writes) as null, no half characters.
+
+    Raises a BadRow for a key that stands twice in an object, of which json would take the last.
+    """
+    once = partial(with_keys_once, place=place)
+    value = json.loads(text, parse_float=WrittenNumber, parse_constant=lambda name: None, object_pairs_hook=once)
     if "\\ud" in text or "\\uD" in text:
         for match in SURROGATES.finditer(text):
             if match[2]:
                 raise json.JSONDecodeError(f"\\u{match[2]} is half a character (of an emoji?)", text, match.start())
+    return value
+
+
+def with_keys_once(pairs, place) -> dict:
+    """The object of pairs of keys and values."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadRow(f"{place}: the key '{twice}' stands twice in one object: rename or delete one.")
     return value
 
 
@@ -302,10 +315,9 @@ def conversation(cells, found, place, system_prompt=None, questions_only=False) 
     else:
         messages = asked_and_answered(row, found, place, questions_only)
     for number, message in enumerate(messages[1:], 2):
-        if message["role"] == "system":
+        if message.get("tools"):
             column = found.messages or found.prompt
-            reason = "a system message stands first, and there is one at most."
-            raise BadRow(f"{place}, column '{column}', message {number}: {reason}")
+            raise BadRow(f"{place}, column '{column}', message {number}: tools belong to the first message.")
     messages = with_system(messages, known_cell(row, SYSTEM_COLUMNS, place), place)
     if system_prompt and messages[0]["role"] != "system":
         messages.insert(0, message_of("system", system_prompt))
@@ -361,7 +373,7 @@ def said_in(row, column, place):
     """The text of a cell, None for null, or the messages that it lists."""
     value = row.get(column)
     place = f"{place}, column '{column}'"
-    listed = read_cell(value) if isinstance(value, str) and value.lstrip().startswith('[{"') else value
+    listed = read_cell(value, place) if isinstance(value, str) and value.lstrip().startswith('[{"') else value
     if listed and is_list_of_objects(listed) and not is_list_of_parts(listed):
         return messages_of(listed, place)
     return text_of(value, place)
@@ -390,12 +402,12 @@ def kind_of(value) -> str:
     return f"{text[:60]}{'...' if len(text) > 60 else ''} ({kinds.get(type(value), 'null')})"
 
 
-def read_cell(value):
+def read_cell(value, place):
     """A nested cell, which may be JSON text (in csv files) or Python's; text that is neither stays text."""
     if not isinstance(value, str):
         return value
     try:
-        return parsed(value)
+        return parsed(value, place)
     except json.JSONDecodeError:
         try:
             return ast.literal_eval(value.strip())
@@ -405,7 +417,7 @@ def read_cell(value):
 
 def history_messages(cell, place) -> list[dict]:
     """The messages of a history cell: pairs, objects or messages; a missing, null or empty history is none."""
-    history = read_cell(cell or [])
+    history = read_cell(cell or [], place)
     if not isinstance(history, (list, tuple)):
         raise BadRow(f"{place}: {kind_of(history)} is not JSON for a list of [question, answer] pairs.")
     for turn in history:
@@ -418,8 +430,8 @@ def given_messages(row, found, place) -> list[dict]:
     """The messages of a row that lists them."""
     if found.messages not in row:
         raise BadRow(f"{place}: no column '{found.messages}' but {list(row)}.{did_you_mean(found.messages, row)}")
-    listed = read_cell(row[found.messages])
     place = f"{place}, column '{found.messages}'"
+    listed = read_cell(row[found.messages], place)
     if not isinstance(listed, list) or not listed:
         raise BadRow(f"{place}: {kind_of(listed)} is found, a list of messages is expected.")
     messages = messages_of(listed, place)
@@ -483,12 +495,14 @@ def checked_messages(message, place) -> list[dict]:
             message_of("observation", observed),
         ]
     if role == "function_call":
-        call = read_cell(content)
+        call = read_cell(content, place)
         if not isinstance(call, dict) or "name" not in call:
             raise BadRow(f'{place}: {kind_of(content)} is found, {{"name": ..., "arguments": ...}} is expected.')
         calls, role, content = [call], "assistant", ""
     else:
-        calls = read_cell(message.get("tool_calls")) or [message[k] for k in ("function_call",) if message.get(k)]
+        calls = read_cell(message.get("tool_calls"), place) or [
+            message[k] for k in ("function_call",) if message.get(k)
+        ]
         if not is_list_of_objects(calls):
             raise BadRow(f"{place}: {kind_of(calls)} is found, tool_calls must be a list of objects.")
     if role in ("tool", "observation"):
@@ -516,7 +530,7 @@ def call_of(call, place) -> dict:
 
 def called_function(function, arguments, place) -> dict:
     """The call of a function, whose arguments may be JSON text."""
-    arguments = {} if arguments is None else read_cell(arguments)
+    arguments = {} if arguments is None else read_cell(arguments, place)
     if not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
         raise BadRow(f"{place}: a call needs a name (text) and its arguments or parameters (an object).")
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
@@ -531,7 +545,7 @@ def as_text(value, place) -> str:
 
 def read_tools(cell, place):
     """Tools, which may be JSON text; a single one is a list of one."""
-    tools = read_cell(cell)
+    tools = read_cell(cell, place)
     if isinstance(tools, str):
         raise BadRow(f'{place}: {kind_of(tools)} is not JSON; a list of tools, [{{"name": ...}}, ...], is expected.')
     return [tools] if isinstance(tools, dict) and "name" in tools.get("function", tools) else tools
@@ -644,10 +658,11 @@ def rows_of(batch) -> list[dict]:
 def with_trained_tokens(encoded, split, rows, chat_args, training_args):
     """The examples that have something to train on; what was dropped or cut is logged, with row numbers."""
     extra = ["source_cut", "target_cut", "left_out", "row", "problem"]
-    encoded = without_bad_rows(encoded, split, rows, training_args)
+    encoded = without_bad_rows(encoded, split, rows, chat_args, training_args)
     if isinstance(encoded, datasets.IterableDataset):
         return encoded.filter(lambda example: warned_if_empty(example, split)).remove_columns(extra)
     kept = np.flatnonzero(encoded.with_format("numpy")["length"][:])
+    dropped = set()
     if len(kept) < len(encoded):
         dropped = set(encoded["row"][:]) - set(encoded.select(kept)["row"][:])
         encoded = encoded.select(kept)
@@ -658,14 +673,18 @@ def with_trained_tokens(encoded, split, rows, chat_args, training_args):
         )
     if len(encoded) == 0:
         raise ValueError(f"No {split} row has an answer to train on: see --data_format and the column flags.")
+    cut = {name: int(np.sum(encoded.with_format("numpy")[name][:])) for name in CUTS}
+    counts = f"{len(dropped)} rows dropped, {cut['source_cut']} prompts and {cut['target_cut']} answers cut"
+    logger.info(f"Limits of {split}: {counts}")
     for name, flag in CUTS.items():
         if encoded[0][name]:
             logger.warning(f"The first {split} example is cut by --{flag} {getattr(chat_args, flag)}.")
-        share = np.mean(encoded.with_format("numpy")[name][:])
+        share = cut[name] / len(encoded)
         if share > 0.01:
             limit = f"--{flag} {getattr(chat_args, flag)}"
             logger.warning(f"{share:.1%} of the {split} examples are cut by {limit}: raise it to keep all of them.")
-    if lacking := sorted({row + 1 for row in encoded.filter(itemgetter("left_out"))["row"]}):
+    numbers = encoded.with_format("numpy")
+    if lacking := (np.unique(numbers["row"][:][numbers["left_out"][:]]) + 1).tolist():
         logger.warning(
             f"The chat template leaves out the content of a message in {len(lacking)} of {len(rows)} {split} rows: "
             f"{str(lacking)[1:501]}"
@@ -684,20 +703,24 @@ def warned_if_empty(example, split) -> bool:
     return bool(example["input_ids"])
 
 
-def without_bad_rows(encoded, split, rows, training_args):
-    """The examples of good rows. The bad ones are counted and listed, with what is wrong, in bad_rows_SPLIT.jsonl."""
-    path = Path(training_args.output_dir, f"bad_rows_{split}.jsonl")
+def without_bad_rows(encoded, split, rows, chat_args, training_args):
+    """The examples of good rows. The bad ones are counted and listed, with what is wrong, in bad_rows_SPLIT.jsonl.
+
+    A run that only looks lists none.
+    """
+    path = None if chat_args.only_looks else Path(training_args.output_dir, f"bad_rows_{split}.jsonl")
     if isinstance(encoded, datasets.IterableDataset):
         return encoded.filter(partial(is_good, path=path))
     problems = encoded["problem"][:]
     bad = {encoded[index]["row"]: problem for index, problem in enumerate(problems) if problem is not None}
     if not bad:
         return encoded
-    if training_args.should_save:
+    if path and training_args.should_save:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [{**rows[number], "problem": problem} for number, problem in bad.items()]
         path.write_text("".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines), "utf-8")
-    logger.warning(f"{len(bad)} of {len(rows)} {split} rows are bad and left out; they are listed in {path}.")
+    listed = f"they are listed in {path}" if path else f"the first: {next(iter(bad.values()))}"
+    logger.warning(f"{len(bad)} of {len(rows)} {split} rows are bad and left out; {listed}")
     return encoded.select([index for index, problem in enumerate(problems) if problem is None])
 
 
@@ -705,7 +728,9 @@ def is_good(example, path) -> bool:
     """Whether a streamed example comes from a good row; a bad one is logged and listed, each time it is met."""
     if example["problem"] is None:
         return True
-    logger.warning(f"{example['problem']} The row is left out; such rows are listed in {path}.")
+    logger.warning(f"{example['problem']} The row is left out; such rows are listed in {path or 'a training'}.")
+    if path is None:
+        return False
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps({"row": example["row"] + 1, "problem": example["problem"]}, ensure_ascii=False) + "\n")

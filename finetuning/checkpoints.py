@@ -259,6 +259,11 @@ def resume_point(training_args, settings) -> str | None:
             f"run from its weights pass --adapter_name_or_path {folder}."
         )
     check_settings(folder, settings)
+    if settings.fixed.get("--peft_type") == "ADALORA":
+        raise ValueError(
+            f"{folder} cannot be resumed from: AdaLoRA deals its ranks out by what it has seen in all steps before, "
+            "which PEFT does not save. Start a new run in another --output_dir."
+        )
     logger.info(f"Resuming from {folder}")
     return str(folder)
 

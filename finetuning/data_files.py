@@ -29,6 +29,7 @@ def check_types(files):
 def builder(files) -> str:
     """What `load_dataset` reads files of plain text with, {split: paths}; ValueError if they are not of one type."""
     paths = [path for each in files.values() for path in each]
+    check_files(path for path in paths if "://" not in path)
     builders = {FILE_BUILDERS.get(file_rows.type_of(path), "xlsx"): path for path in paths}
     if len(builders) > 1:
         raise ValueError(f"As plain text, all files must be of one type: {', '.join(builders.values())}.")
@@ -77,9 +78,12 @@ def read_here(paths) -> bool:
 
 
 def check_files(paths):
+    """Raise a FileNotFoundError or ValueError for the first that is not there or empty."""
     for path in paths:
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no file {path}.")
+        if not Path(path).stat().st_size:
+            raise ValueError(f"{path} has no rows: it is empty.")
 
 
 def dataset_of_rows(paths, streaming, cache_dir):

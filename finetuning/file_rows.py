@@ -3,30 +3,41 @@
 A row is {"row", "place", "problem"}: its JSON text, its file and line, and why it cannot be read (None: it can).
 """
 
+import bz2
 import csv
 import gzip
-import importlib
 import json
 import logging
 import lzma
+import sys
 import zlib
 from collections.abc import Iterator
 from functools import lru_cache
 from io import StringIO
 from itertools import islice
 from pathlib import Path
+from zipfile import BadZipFile
 
 import pyarrow.parquet
 
 
+try:  # optional
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+except ModuleNotFoundError:
+    zstd = None
+
 logger = logging.getLogger("run_chatglm_lora.data")
 
-PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "compression.zstd"}  # suffixes, modules that unpack
+PACKED = {".gz": gzip, ".bz2": bz2, ".xz": lzma, ".zst": zstd}  # suffixes, and the modules that unpack
 MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
 SEPARATORS = ",;\t|"
 # Lists of objects under these names belong to a row; under any other, in the only object of a file, they are the rows.
 PARTS_OF_ROWS = ("messages", "conversations", "conversation", "对话", "history", "tools", "prompt", "completion")
 DECODER = json.JSONDecoder()
+DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError, *([zstd.ZstdError] if zstd else []))
 
 
 def read_rows(paths, states=None) -> Iterator[dict]:
@@ -36,7 +47,9 @@ def read_rows(paths, states=None) -> Iterator[dict]:
         try:
             for rows, row in enumerate(READERS[type_of(path)](path), 1):  # noqa: B007
                 yield row
-        except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        except DAMAGED as error:
+            if getattr(error, "errno", None):  # the file cannot be read at all
+                raise
             raise ValueError(f"{path}: the packed file ends early or is damaged: {error}. Copy it anew.") from None
         if not rows:
             raise ValueError(f"{path} has no rows: it is empty.")
@@ -55,12 +68,12 @@ def opened(path):
     packing = next((suffix for magic, suffix in MAGIC.items() if start.startswith(magic)), None)
     if packing is None:
         return open(path, "rb")
-    try:
-        return importlib.import_module(PACKED[packing]).open(path)
-    except ModuleNotFoundError:
+    if PACKED[packing] is None:
         raise ValueError(
-            f"{path} is packed with zstd, which Python reads from 3.14 on: unpack it, zstd -d {path}"
-        ) from None
+            f"{path} is packed with zstd, for which Python before 3.14 needs a package: pip install backports.zstd, "
+            f"or unpack the file, zstd -d {path}"
+        )
+    return PACKED[packing].open(path)
 
 
 @lru_cache
@@ -275,6 +288,8 @@ def xlsx_rows(path) -> Iterator[dict]:
         sheets = pandas.read_excel(path, sheet_name=None, header=None, dtype=str, keep_default_na=False)
     except ImportError:
         raise ValueError(f"{path}: workbooks need openpyxl: pip install openpyxl, or save it as csv.") from None
+    except (ValueError, BadZipFile, KeyError) as error:
+        raise ValueError(f"{path} is no workbook, or a damaged one: {error}. Save it anew, or as csv.") from None
     filled = {name: sheet for name, sheet in sheets.items() if len(sheet)}
     if len(filled) > 1:
         raise ValueError(f"{path} has several sheets ({', '.join(filled)}): save each as a file of its own.")

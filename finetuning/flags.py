@@ -1,4 +1,4 @@
-"""The command line: its help, unknown and abbreviated flags, and flags that contradict each other."""
+"""The command line: its values, its help, and flags that contradict each other."""
 
 import argparse
 import re
@@ -8,99 +8,11 @@ from types import SimpleNamespace
 import peft
 from transformers import HfArgumentParser, TrainingArguments
 
-from .mistakes import did_you_mean
+from .flag_names import check_both_ways, check_known, without_usage
 
 
 NOT_GIVEN = object()
 USAGE = "run_chatglm_lora.py --flag value ...    or    run_chatglm_lora.py ARGUMENTS.yaml"
-
-# Flags that transformers renamed or dropped, and those of other programs for ChatGLM and LoRA: what to write here.
-# fmt: off
-OTHER_NAMES = {
-    # transformers and run_clm.py
-    "evaluation_strategy": "write --eval_strategy",
-    "torch_dtype": "write --dtype",
-    "warmup_ratio": "write --warmup_steps 0.05: below 1 it is the share of all steps",
-    "overwrite_output_dir": "drop it: an output folder is written into, and --resume_from_checkpoint last goes on",
-    "use_auth_token": "write --token, or log in once with `hf auth login`",
-    "no_cuda": "write --use_cpu",
-    "use_mps_device": "drop it: an accelerator that is there is used",
-    "group_by_length": "write --train_sampling_strategy group_by_length",
-    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
-    "save_safetensors": "drop it: everything is saved as safetensors",
-    "low_cpu_mem_usage": "drop it: weights are always loaded that way",
-    "per_gpu_train_batch_size": "write --per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "write --per_device_eval_batch_size",
-    "fp16_backend": "drop it: there is one way left",
-    "half_precision_backend": "drop it: there is one way left",
-    "fp16_opt_level": "drop it: apex is not used",
-    "push_to_hub_model_id": "write --hub_model_id",
-    "push_to_hub_token": "write --hub_token",
-    "use_legacy_prediction_loop": "drop it",
-    "include_inputs_for_metrics": "write --include_for_metrics inputs",
-    "jit_mode_eval": "drop it", "use_ipex": "drop it", "past_index": "drop it", "tpu_num_cores": "drop it",
-    "ray_scope": "drop it", "debug_mode": "write --log_level debug",
-    "line_by_line": "drop it: text is cut into blocks, conversations are kept row by row",
-    # LLaMA-Factory, ms-swift, axolotl, alpaca-lora, qlora, ChatGLM's own ptuning/ and finetune_demo/
-    "lora_rank": "write --lora_r",
-    "rank": "write --lora_r",
-    "lora_target": "write --lora_target_modules",
-    "target_modules": "write --lora_target_modules",
-    "additional_target": "write --lora_modules_to_save",
-    "modules_to_save": "write --lora_modules_to_save",
-    "quantization_bit": "write --load_in_4bit or --load_in_8bit",
-    "bits": "write --load_in_4bit or --load_in_8bit",
-    "quant_bits": "write --load_in_4bit or --load_in_8bit",
-    "cutoff_len": "write --max_source_length (of the prompt) and --max_target_length (of the answer)",
-    "max_length": "write --max_source_length (of the prompt) and --max_target_length (of the answer)",
-    "max_len": "write --max_source_length (of the prompt) and --max_target_length (of the answer)",
-    "max_seq_length": "write --max_source_length (of the prompt) and --max_target_length (of the answer)",
-    "max_seq_len": "write --max_source_length (of the prompt) and --max_target_length (of the answer)",
-    "model_max_length": "write --max_source_length (of the prompt) and --max_target_length (of the answer)",
-    "max_input_length": "write --max_source_length",
-    "max_output_length": "write --max_target_length",
-    "max_new_tokens": "write --max_target_length",
-    "val_max_target_length": "write --max_target_length",
-    "finetuning_type": "write --no_use_lora for full, --pre_seq_len 128 for P-Tuning; LoRA is the default",
-    "train_type": "write --no_use_lora for full, --pre_seq_len 128 for P-Tuning; LoRA is the default",
-    "stage": "drop it: this is supervised fine-tuning",
-    "template": "drop it: prompts are written by the tokenizer's chat template (--chat_template FILE for another)",
-    "model": "write --model_name_or_path",
-    "base_model": "write --model_name_or_path",
-    "model_path": "write --model_name_or_path",
-    "model_id": "write --model_name_or_path",
-    "dataset": "write --train_file for a file, --dataset_name for the hub",
-    "data_path": "write --train_file",
-    "dataset_dir": "write --train_file with the path of the file",
-    "train_data": "write --train_file",
-    "train_path": "write --train_file",
-    "val_file": "write --validation_file",
-    "eval_file": "write --validation_file",
-    "val_dataset": "write --validation_file",
-    "val_size": "write --validation_split_percentage (5 is 5 %)",
-    "val_set_size": "write --validation_split_percentage (5 is 5 %)",
-    "max_samples": "write --max_train_samples",
-    "checkpoint_dir": "write --adapter_name_or_path",
-    "adapters": "write --adapter_name_or_path",
-    "lora_path": "write --adapter_name_or_path",
-    "peft_path": "write --adapter_name_or_path",
-    "ptuning_checkpoint": "write --adapter_name_or_path",
-    "lora_weights": "write --adapter_name_or_path",
-    "batch_size": "write --per_device_train_batch_size",
-    "micro_batch_size": "write --per_device_train_batch_size",
-    "lr": "write --learning_rate",
-    "epochs": "write --num_train_epochs",
-    "num_epochs": "write --num_train_epochs",
-    "system": "write --system_prompt",
-    "packing": "write --pack_to_length 2048, say",
-    "neat_packing": "write --pack_to_length 2048, say",
-    "flash_attn": "drop it: the fastest attention that the model and the machine have is used",
-    "use_peft": "drop it: LoRA is the default",
-    "do_test": "write --do_predict",
-    "source_prefix": "write the prefix into the data, or take --system_prompt",
-    "preprocessing_batch_size": "drop it",
-}
-# fmt: on
 
 # Our flags that become a field of PEFT's configuration: what it is called there.
 PEFT_FIELDS = {
@@ -140,7 +52,7 @@ class FlagParser(HfArgumentParser):
 
     def error(self, message):
         """A ValueError in place of argparse's usage, which lists every flag."""
-        raise ValueError(re.sub(r"^argument (--\w+)\S*: ", r"\1: ", message))
+        raise ValueError(without_usage(message))
 
     def given(self, words) -> dict:
         """The values of the flags on a command line, by name, without the defaults of all others.
@@ -149,33 +61,14 @@ class FlagParser(HfArgumentParser):
         """
         unset = {f.name: NOT_GIVEN for cls in self.dataclass_types for f in fields(cls)}
         namespace, rest = self.parse_known_args(words, argparse.Namespace(**unset))
-        self.check_known([word.split("=")[0] for word in rest])
-        check_both_ways({word.split("=")[0].lstrip("-").replace("-", "_") for word in words if word[:2] == "--"})
+        check_known([word.split("=")[0] for word in rest], self._option_string_actions)
+        check_both_ways(words)
         return {name: value for name, value in vars(namespace).items() if value is not NOT_GIVEN}
 
     def parse_dict(self, args, **options):
         names = {f.name for cls in self.dataclass_types for f in fields(cls)}
-        self.check_known([f"--{name}" for name in args if name not in names])
+        check_known([f"--{name}" for name in args if name not in names], self._option_string_actions)
         return self.checked(args, lambda: super(FlagParser, self).parse_dict(args, **options))
-
-    def check_known(self, words):
-        """Raise a ValueError that says what to write instead of the first of some words that no flag knows."""
-        for word in words:
-            name = word.lstrip("-").replace("-", "_")
-            known = [option[2:] for option in self._option_string_actions if option.startswith("--")]
-            longer = sorted(each for each in known if each.startswith(name) and "-" not in each)
-            if not word.startswith("-"):
-                raise ValueError(
-                    f"'{word}' belongs to no flag: flags begin with --, and values with blanks need quotes."
-                )
-            if name in OTHER_NAMES:
-                raise ValueError(f"There is no flag --{name} here: {OTHER_NAMES[name]}.")
-            if longer:
-                raise ValueError(
-                    f"--{name}: flags are not abbreviated. Write {' or '.join(f'--{n}' for n in longer[:4])}."
-                )
-            near = did_you_mean(f"--{name}", [f"--{each}" for each in known if "-" not in each], cutoff=0.75)
-            raise ValueError(f"There is no flag --{name}.{near or ' --help lists all of them.'}")
 
     def checked(self, given, parse):
         """What `parse` returns. Raises a ValueError if flags contradict each other or a library refuses one."""
@@ -188,16 +81,9 @@ class FlagParser(HfArgumentParser):
         return parsed
 
 
-def check_both_ways(names):
-    """Raise a ValueError if a flag is turned on and off."""
-    for name in sorted(names):
-        if f"no_{name}" in names:
-            raise ValueError(f"--{name} and --no_{name} contradict each other: drop one of them.")
-
-
 def check_contradictions(given, args):
     """Raise a ValueError if, of the flags that were given, one makes another ineffective."""
-    check_both_ways(given)
+    check_both_ways([f"--{name}" for name in given])
     if not hasattr(args, "peft_type"):
         return
     adapter = [

@@ -1,12 +1,15 @@
 """Before and after a run: mistakes in launching it that no library reports, the output folder, the process group."""
 
+import atexit
 import logging
 import os
+import socket
 import tempfile
 from pathlib import Path
 
 import psutil
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from filelock import FileLock, Timeout
 from torch import distributed
 
@@ -15,7 +18,10 @@ from .mistakes import did_you_mean
 
 logger = logging.getLogger("run_chatglm_lora.launching")
 
+LOOKS = {"dry_run", "preview", "preview_html"}  # flags of a run that ends before a model is loaded
+FOR_ACCELERATORS = {"deepspeed", "fsdp", "fsdp_config", "tf32", "torch_compile"}  # and for launchers
 LOCK = "training.lock"
+HOLDER = "_training_process"  # who holds it, for people; the hub is not sent what begins with an underscore
 LONGEST_ORPHAN = 6  # seconds; data loader workers, which share the lock, look every 5 whether their process lives
 # Sections of a DeepSpeed configuration that its module of constants does not name.
 # fmt: off
@@ -34,17 +40,26 @@ held_lock = None  # of the output folder, as long as the process lives
 def prepared_words(words) -> list[str]:
     """The command line, with True after a bare --resume_from_checkpoint; every pickle is loaded without code from now.
 
-    Raises a ValueError if --deepspeed is not started by a launcher: DeepSpeed would ask for mpi4py.
+    Raises a ValueError if --deepspeed is not started by a launcher: DeepSpeed would ask for mpi4py. A run that only
+    looks needs neither.
     """
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed asks torch.load for the contrary
     launchers = {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"}
-    if any(word.split("=")[0] == "--deepspeed" for word in words) and not launchers & os.environ.keys():
+    flags = {word.split("=")[0].removeprefix("--") for word in words}
+    if "deepspeed" in flags and not LOOKS & flags and not launchers & os.environ.keys():
         raise ValueError("--deepspeed needs a launcher: start with torchrun --nproc_per_node 1 (or as many as GPUs).")
     complete = []
     for word, after in zip(words, [*words[1:], "--"], strict=False):
         bare = word == "--resume_from_checkpoint" and after.startswith("--")
         complete += [word, "True"] if bare else [word]
     return complete
+
+
+def on_one_processor(given) -> dict:
+    """The flags that were given; where the run only looks, without those that need accelerators or a launcher."""
+    if not LOOKS & given.keys():
+        return given
+    return {**{name: value for name, value in given.items() if name not in FOR_ACCELERATORS}, "use_cpu": True}
 
 
 def check_launch(args):
@@ -87,6 +102,19 @@ def check_strategy(args):
         )
     if (args.fp16 or args.fp16_full_eval) and args.device.type == "cpu":
         raise ValueError("--fp16 needs a GPU: use --bf16, or neither for float32.")
+
+
+def check_parallelism(args):
+    """Raise a ValueError where rows of conversations would be cut into shares, by TrainingArguments or accelerate."""
+    config = args.parallelism_config
+    if config is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        config = ParallelismConfig()
+    if config and (config.cp_enabled or config.sp_enabled):
+        raise ValueError(
+            f"Context and sequence parallelism (cp_size {config.cp_size}, sp_size {config.sp_size}) give each process "
+            "a share of every row, and batches of conversations name positions of whole rows: set both to 1, and use "
+            "--gradient_checkpointing for rows that do not fit."
+        )
 
 
 def check_deepspeed(config):
@@ -170,9 +198,12 @@ def claim_folder(folder, lock):
     held_lock = FileLock(folder / LOCK, timeout=LONGEST_ORPHAN)
     try:
         held_lock.acquire()
+        (folder / HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        atexit.register((folder / HOLDER).unlink, missing_ok=True)  # also where the run fails
     except Timeout as error:
+        holder = (folder / HOLDER).read_text(encoding="utf-8") if (folder / HOLDER).exists() else "it"
         raise ValueError(
-            f"Another process trains into {folder}: it holds {LOCK}. Choose another --output_dir, or end it. "
+            f"Another process trains into {folder}: {holder} holds {LOCK}. Choose another --output_dir, or end it. "
             "Processes that should train together are started by torchrun."
         ) from error
     except (OSError, NotImplementedError) as error:
@@ -182,10 +213,31 @@ def claim_folder(folder, lock):
 
 def on_any_process(*flags: torch.Tensor, device) -> list[bool]:
     """Which of the flags, tensors of one bool, are true on at least one process."""
-    both = torch.stack([flag.reshape(()).to(device, torch.int32) for flag in flags])
+    both = torch.stack([flag.reshape(()).to(device, torch.int32) for flag in flags])  # [number of flags]
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(both, distributed.ReduceOp.MAX)
     return both.bool().tolist()
+
+
+class LateFlag:
+    """Whether a flag is up on any process, as of the call before: so that none waits for what its GPU has to do."""
+
+    def __init__(self, device):
+        self.device, self.host, self.copied = device, None, None
+
+    def __call__(self, flag: bool) -> bool:
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return flag
+        if self.copied:
+            self.copied.synchronize()  # of the step before, which is over or nearly so
+        before = bool(self.host)
+        shared = torch.full((), float(flag), device=self.device)  # filled there: no copy from the host
+        distributed.all_reduce(shared, distributed.ReduceOp.MAX)
+        self.host = shared.to("cpu", non_blocking=True)
+        if self.device.type != "cpu":
+            self.copied = torch.Event(self.device)
+            self.copied.record()
+        return before
 
 
 def end_processes():
@@ -193,7 +245,8 @@ def end_processes():
     global held_lock
     if held_lock is not None:
         held_lock.release()
-        Path(held_lock.lock_file).unlink(missing_ok=True)
+        for name in (LOCK, HOLDER):
+            Path(held_lock.lock_file).with_name(name).unlink(missing_ok=True)
         held_lock = None
     if distributed.is_available() and distributed.is_initialized():
         distributed.barrier()

@@ -1,4 +1,4 @@
-"""Curves of training runs as a picture: losses, learning rate and, where it was logged, tokens per second."""
+"""Curves of training runs as a picture: whatever was logged of losses, accuracy, learning rate and speed."""
 
 import importlib.util
 import json
@@ -12,6 +12,7 @@ logger = logging.getLogger("run_chatglm_lora.loss_plot")
 
 PANELS = {  # one under the other; the keys are those of trainer_state.json
     "loss": {"loss": "training", "eval_loss": "evaluation"},
+    "accuracy": {"eval_accuracy": "evaluation"},
     "learning rate": {"learning_rate": ""},
     "tokens per second": {"tokens_per_second": "", "train_tokens_per_second": ""},
 }
@@ -48,24 +49,29 @@ def draw(folders: list[str | os.PathLike], path: str | os.PathLike):
 
     Raises ValueError for a folder without a log, ImportError without matplotlib.
     """
-    from matplotlib.figure import Figure  # without pyplot, no screen is asked for
-
     logs = {str(folder): log_of(folder) for folder in folders}
     names = {folder: Path(folder).resolve().name for folder in logs}
     if len(set(names.values())) < len(names):
         names = {folder: folder for folder in logs}
+    draw_logs({names[folder]: log for folder, log in logs.items()}, Path(path))
+
+
+def draw_logs(logs: dict[str, list[dict]], path: Path):
+    """Write the curves of logs, by the names of their runs; the file is whole at every moment."""
+    from matplotlib.figure import Figure  # without pyplot, no screen is asked for
+
     keys = {key for log in logs.values() for entry in log for key in entry}
     panels = {title: [key for key in curves if key in keys] for title, curves in PANELS.items()}
     panels = {title: shown for title, shown in panels.items() if shown}
     figure = Figure(figsize=(7, 1.4 + 2.6 * len(panels)), layout="constrained")
     for axes, (title, shown) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
-        for number, (folder, log) in enumerate(logs.items()):
+        for number, (name, log) in enumerate(logs.items()):
             for key in shown:
                 steps, values = curve(log, key)
                 if steps:
-                    parts = [names[folder]] if len(logs) > 1 else []
+                    parts = [name] if len(logs) > 1 else []
                     label = " ".join([*parts, PANELS[title][key]]).strip()
-                    style = {"linestyle": "--", "marker": "."} if key == "eval_loss" else {}
+                    style = {"linestyle": "--", "marker": "."} if key.startswith("eval_") else {}
                     axes.plot(steps, values, label=label or None, color=f"C{number}", **style)
         axes.set(ylabel=title)
         axes.grid(alpha=0.3)
@@ -73,8 +79,10 @@ def draw(folders: list[str | os.PathLike], path: str | os.PathLike):
             axes.legend()
     axes.set(xlabel="step")
     if len(logs) == 1:
-        figure.suptitle(*names.values())
-    figure.savefig(path, dpi=110, format="png")
+        figure.suptitle(*logs)
+    new = path.with_name(f".{path.name}.new")
+    figure.savefig(new, dpi=110, format="png")
+    new.replace(path)
 
 
 def draw_losses(trainer):

@@ -10,8 +10,6 @@ import traceback
 from collections.abc import Callable
 from functools import wraps
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
 
 OURS = {"__main__", "run_chatglm_lora", "finetuning", "chatglm"}  # modules and packages
 SENTENCES = (ValueError, OSError, FloatingPointError, MemoryError)  # beside classes of our own
@@ -29,13 +27,13 @@ def reported(main: Callable[[], None]) -> Callable[[], None]:
     """`main` as a program: a user's mistake ends it with exit code 2 and one sentence on stderr.
 
     Under torchrun rank 0 says it, and torchrun repeats the first failure of all ranks at the end of its own report
-    (`record`). The traceback is shown too with --log_level debug, and of all other exceptions always.
+    (`recorded`). The traceback is shown too with --log_level debug, and of all other exceptions always.
     """
 
     @wraps(main)
     def program():
         try:
-            record(main)()
+            recorded(main)()
         except Exception as error:
             if not is_for_the_user(error):
                 raise
@@ -46,6 +44,15 @@ def reported(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(EXIT_CODE)
 
     return program
+
+
+def recorded(main: Callable[[], None]) -> Callable[[], None]:
+    """`main`, whose failure torchrun gets to know where it has started this process."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return main
+    from torch.distributed.elastic.multiprocessing.errors import record  # seconds that a misspelt flag need not take
+
+    return record(main)
 
 
 def is_for_the_user(error: BaseException) -> bool:

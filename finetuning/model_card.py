@@ -69,9 +69,19 @@ class DocumentedTrainer(Trainer):
     base_name = data_names = "unknown"
 
     def create_model_card(self, model_name=None, **kwargs):
+        self.write_card(self.args.output_dir, model_name)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """PEFT writes a card beside each adapter, with the path of the base: ours takes its place."""
+        super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir or self.args.output_dir)
+        if (folder / "README.md").exists():
+            self.write_card(folder)
+
+    def write_card(self, folder, name=None):
         if self.is_world_process_zero():
-            card = card_text(self, model_name or Path(self.args.output_dir).resolve().name)
-            card.save(Path(self.args.output_dir, "README.md"))
+            card = card_text(self, name or Path(self.args.output_dir).resolve().name)
+            card.save(Path(folder, "README.md"))
 
 
 def name_sources(trainer, model_args, data_args, chat_args):
@@ -95,7 +105,7 @@ def card_text(trainer, name) -> ModelCard:
         what=f"{model.active_peft_config.peft_type.value} adapter" if adapted else "All weights",
         base=base,
         data=trainer.data_names,
-        results="\n".join(measured) or "No evaluation was asked for.",
+        results="\n".join(measured) or "Not evaluated.",
         loading=(CHATGLM if type(inner).__module__.startswith("chatglm.") else "") + loading,
         learning_rate=args.learning_rate,
         schedule=args.lr_scheduler_type.value,

@@ -12,8 +12,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from transformers import AttentionInterface
 
 from .adapters import kind_of_result
+from .mistakes import did_you_mean
 
 
 logger = logging.getLogger("run_chatglm_lora.preconditions")
@@ -61,9 +63,20 @@ def check(model_args, data_args, lora_args, training_args):
     check_stages(data_args, training_args)
     check_packages(training_args)
     check_folders(model_args, lora_args)
+    check_attention(lora_args.attn_implementation)
     for flag in ("model_name_or_path", "config_name", "tokenizer_name"):
         if name := getattr(model_args, flag):
             check_name(f"--{flag}", name, model_args)
+
+
+def check_attention(name):
+    """A kernel of the hub, OWNER/NAME, is looked up when the model is loaded."""
+    known = ["auto", "eager", *AttentionInterface().valid_keys()]
+    if name not in known and "/" not in name:
+        raise ValueError(
+            f"--attn_implementation {name} is none of {', '.join(known)}, and no kernel of the hub (OWNER/NAME)."
+            f"{did_you_mean(name, known)}"
+        )
 
 
 def check_stages(data_args, args):

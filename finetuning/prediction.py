@@ -131,7 +131,8 @@ def answered(trainer, tokenizer, batch, chat_args, pad_token_id) -> list[dict]:
 
 
 class AnswersWhileTraining(TrainerCallback):
-    """With --predict_with_generate, answers the validation rows at each evaluation of a training and scores them.
+    """With --predict_with_generate, answers the validation rows at every --eval_generate_every-th evaluation of a
+    training and scores them.
 
     Trainer reads --metric_for_best_model from the metrics that it hands to this callback.
     """
@@ -143,6 +144,8 @@ class AnswersWhileTraining(TrainerCallback):
         if not self.trainer.is_in_train:  # after training, predict() answers them
             return
         tokenizer, rows, chat_args, pad_token_id = self.how
+        if sum("eval_loss" in entry for entry in state.log_history) % chat_args.eval_generate_every:
+            return
         rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
         size = args.per_device_eval_batch_size * args.world_size
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -150,9 +153,8 @@ class AnswersWhileTraining(TrainerCallback):
             line for batch in batches for line in answered(self.trainer, tokenizer, batch, chat_args, pad_token_id)
         ]
         scored = {f"eval_{name}": value for name, value in answer_scores(lines).items()}
-        logger.info(f"Answers at step {state.global_step}: {scored}")
         metrics.update(scored)
-        state.log_history[-1].update(scored)
+        self.trainer.log(dict(scored))  # Trainer adds the epoch; trackers get it too
 
 
 def check_best_metric(training_args, chat_args):
@@ -160,6 +162,10 @@ def check_best_metric(training_args, chat_args):
     metric = str(training_args.metric_for_best_model).removeprefix("eval_")
     if metric in SCORES and not (chat_args.predict_with_generate and training_args.do_eval):
         raise ValueError(f"--metric_for_best_model {metric} scores answers: add --do_eval --predict_with_generate.")
+    if metric in SCORES and chat_args.eval_generate_every > 1:
+        raise ValueError(
+            f"--metric_for_best_model {metric} needs answers at each evaluation: leave --eval_generate_every out."
+        )
 
 
 def predict(trainer, tokenizer, data, chat_args, pad_token_id, stage="predict"):

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .checkpoints import WholeCheckpoints, checkpoints, resume_point, run_settings
-from .launching import end_processes, on_any_process
+from .launching import LateFlag, end_processes
 from .training_checks import HopelessRun, TrainingChecks
 
 
@@ -39,7 +39,8 @@ class Safeguards:
         self.checks = TrainingChecks()
         self.stop = StopOnSignal()
         self.checkpoints = WholeCheckpoints(settings)
-        self.callbacks = [StopIfFinished(), SeededOrder(), self.checks, self.stop, self.checkpoints]
+        # The stop comes before the checks, which look before each save.
+        self.callbacks = [StopIfFinished(), SeededOrder(), self.stop, self.checks, self.checkpoints]
 
     def shielded(self, collator):
         return ShieldedCollator(collator)
@@ -182,7 +183,8 @@ ignore_once = IgnoreOnce()
 class StopOnSignal(TrainerCallback):
     """SIGTERM and SIGINT: save a checkpoint after the current step and exit with STOPPED_EARLY, on every process.
 
-    A second signal, unless it comes at once, has its usual effect.
+    Of several processes all stop one step later, when they know of it without waiting for their GPUs. A second
+    signal, unless it comes at once, has its usual effect.
     """
 
     signals = (signal.SIGTERM, signal.SIGINT)
@@ -209,8 +211,11 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.on_any_process = LateFlag(args.device)
+
     def on_step_end(self, args, state, control, **kwargs):
-        (self.agreed,) = on_any_process(torch.tensor(self.first is not None), device=args.device)
+        self.agreed = self.on_any_process(self.first is not None)
         if self.agreed:
             args.save_only_model = False  # such a checkpoint could not be resumed from
             control.should_save = control.should_training_stop = True

@@ -36,6 +36,7 @@ HARMLESS_WARNINGS = [
         r"Adapter '\w+': \d+ LoRA tensor\(s\) have invalid shape",
         "under ZeRO-3 tensors are empty while they are shared out; what was saved is opened and looked at again",
     ),
+    (FutureWarning, "`gradient_checkpointing_enable` is deprecated", "the name that all tested releases know"),
     (UserWarning, "'pin_memory' argument is set as true but no accelerator", "Trainer's default, on a CPU"),
 ]
 # The same of their loggers: (logger, part of the text, why it is harmless here).
@@ -71,7 +72,7 @@ def set_up_logging(training_args):
     if not brief:
         transformers.utils.logging.enable_explicit_format()
     hide_harmless()
-    if replica:
+    if replica or training_args.disable_tqdm:
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
     logger.log(logging.INFO if brief else logging.WARNING, f"{processes(training_args)}; {versions()}")

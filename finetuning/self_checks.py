@@ -11,24 +11,27 @@ import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import cycle, islice, pairwise
+from itertools import cycle, islice
 
 import torch
 import transformers
+from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from . import chunked_loss
 from .batches import (
     IGNORE_INDEX,
-    ROWWISE,
     FlattenedCollator,
     PaddedCollator,
     base_of,
     learns_prompt,
+    single_rows,
     takes_logits_to_keep,
 )
 from .prediction import left_padded
+from .row_attention import row_attentions
 from .versions import NEWEST, OLDEST
 
 
@@ -80,10 +83,10 @@ class SelfChecks(TrainerCallback):
         began = time.perf_counter()
         autocast = [torch.bfloat16] * args.bf16 + [torch.float16] * args.fp16
         with evaluated(model):
-            probe = Probe(model, self.pad_token_id, rounding_unit(model, autocast))
+            probe = Probe(model, self.pad_token_id, rounding_unit(model, autocast), next(iter(autocast), None))
             if args.do_train or args.do_eval:
                 self.check_losses(probe, self.data["train" if args.do_train else "validation"], args)
-            prompts = [self.data[split] for split in ("test", "questions") if split in self.data]
+            prompts = [self.data[split] for split in ("test", "questions", "samples") if split in self.data]
             if prompts:
                 self.results["answers"] = probe.answers(prompts_of(prompts[0]))
         self.results["seconds"] = round(time.perf_counter() - began, 2)
@@ -97,9 +100,20 @@ class SelfChecks(TrainerCallback):
                 f"This checkpoint predicts no better than chance: its loss on the first rows is "
                 f"{self.results['loss']:.2f}, that of a blind guess {chance:.2f}. Wrong weights, vocabulary or prompt?"
             )
+        if args.do_train and (self.collator or isinstance(probe.model, PeftModel)):
+            self.settle_loss(probe, rows[:1], args)
         if self.collator:
             single = max(args.per_device_train_batch_size, args.per_device_eval_batch_size) * max(args.n_gpu, 1) == 1
             self.check_batches(probe, rows, alone, single, args.n_gpu)
+
+    def settle_loss(self, probe, rows, args):
+        """Let the model compute the losses of the training in chunks, where that gives the same."""
+        batch = PaddedCollator(self.pad_token_id, multiple_of=1)(rows)
+        why, failure = tried(lambda: chunked_loss.why_whole(probe, batch, args))
+        why = failure or why
+        if why is None:
+            chunked_loss.ChunkedLoss(probe.model).use()
+        self.results["training_loss"] = f"the model's own: {why}" if why else "in chunks"
 
     def check_batches(self, probe, rows, alone, single, n_gpu):
         """Settle how the collator makes batches, as far as the flags leave that open."""
@@ -163,11 +177,15 @@ def check_cached(moved, bound, name):
 
 @dataclass
 class Probe:
-    """A model in evaluation mode; `unit` is the relative rounding error of one of its numbers."""
+    """A model in evaluation mode; `unit` is the relative rounding error of one of its numbers.
+
+    `autocast` is the dtype that a mixed-precision training computes in.
+    """
 
     model: torch.nn.Module
     pad_token_id: int
     unit: float
+    autocast: torch.dtype | None = None
 
     @property
     def name(self) -> str:
@@ -246,15 +264,17 @@ class Probe:
         long_alone = self.padded([long], answers_only=True, multiple_of=1)
         expected = torch.cat([alone[:count], long_alone, alone[count:]])
         rows = [rows[0], long, *rows[1:]]
-        own = self.base.config._attn_implementation
-        for attention in [ROWWISE, own] if own == "sdpa" else [own]:
-            if own == "sdpa":
+        own, device = self.base.config._attn_implementation, next(self.model.parameters()).device
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        for attention in row_attentions(own, device.type, self.autocast or self.base.dtype, capability):
+            if attention != self.base.config._attn_implementation:
                 self.base.set_attn_implementation(attention)
             logits, why = tried(lambda: self.logits(FlattenedCollator()(rows)))
             apart, why = self.alike(logits, expected, rows, "end to end", why)
             apart, why = self.without_neighbours(logits, rows) if apart else (False, why)
             if apart:
                 break
+            logger.info(f"{self.name}: attention {attention} does not keep rows end to end apart: {why}.")
         return apart, why
 
     def without_neighbours(self, logits, rows) -> tuple[bool, str | None]:
@@ -362,11 +382,7 @@ def label_count(row) -> int:
 
 def short_rows(data) -> list[dict]:
     """The three shortest of the first rows that have a label; packs are taken apart."""
-    rows = []
-    for row in islice(data, ROWS_LOOKED_AT):
-        positions = row.get("position_ids") or range(len(row["input_ids"]))
-        ends = [i for i, position in enumerate(positions) if position == 0] + [len(row["input_ids"])]
-        rows += [{name: list(row[name][a:b]) for name in ("input_ids", "labels")} for a, b in pairwise(ends)]
+    rows = [single for row in islice(data, ROWS_LOOKED_AT) for single in single_rows(row)]
     rows = sorted((row for row in rows if label_count(row)), key=lambda row: len(row["input_ids"]))
     return (rows * 3)[:3]
 

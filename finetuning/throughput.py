@@ -39,9 +39,10 @@ class Throughput(TrainerCallback):
         self.in_training = model.training
         if model.training:
             ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-            computed = torch.tensor(ids.numel(), device=ids.device)
-            labels = inputs.get("labels", ids.new_empty(1, 0))
-            self.counts += torch.stack([labelled(labels), computed if mask is None else mask.sum(), computed])
+            if "labels" in inputs:
+                self.counts[0] += labelled(inputs["labels"])
+            self.counts[1] += ids.numel() if mask is None else mask.sum()
+            self.counts[2] += ids.numel()
 
     def count_labels(self, loss_function, args):
         if self.in_training:

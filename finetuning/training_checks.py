@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import peft
@@ -25,10 +26,33 @@ class HopelessRun(RuntimeError):
     """What was saved is of no use."""
 
 
+@dataclass
+class JudgedStep:
+    """A step, its batches (loss, inputs), and the verdicts on them, scalars on the device."""
+
+    number: int
+    learning_rate: float
+    batches: list
+    loss_is_bad: torch.Tensor
+    gradient_is_bad: torch.Tensor
+
+    def error(self, loss_is_bad, tokenizer) -> FloatingPointError:
+        """What is said of a step whose loss or, if not that, gradient is not finite on some process."""
+        batches = [inputs for loss, inputs in self.batches if not loss_is_bad or not loss.isfinite().all()]
+        texts = [text for inputs in batches for text in batch_texts(tokenizer, inputs)]
+        return FloatingPointError(
+            f"The {'loss' if loss_is_bad else 'gradient'} of step {self.number} is not a finite number"
+            f"{'' if batches else ' on another process'} (learning rate {self.learning_rate:g}). Nothing is saved "
+            f"after step {self.number - 1}. Try a lower --learning_rate, and --bf16 or float32 instead of --fp16."
+            + "".join(f"\nrow {number} of the batch: {text!r}" for number, text in enumerate(texts, 1))
+        )
+
+
 class TrainingChecks(TrainerCallback):
     """Losses that are not finite, tensors without gradient, models that cannot generate, adapters that hold nothing.
 
-    The loss is looked at before the optimizer steps, so that no weight is spoiled and no checkpoint is saved with it.
+    Losses and gradients are judged on the device, at every step, and nobody waits for the verdict: it is looked at
+    where the run stops to log anyway, after the first step, and before anything is saved.
     """
 
     trainer = None  # known where the run is guarded; DeepSpeed keeps its gradients to itself
@@ -39,6 +63,7 @@ class TrainingChecks(TrainerCallback):
             f"The first example; what stands in 【】 is trained:\n{few_lines(marked_text(processing_class, example))}"
         )
         self.batches = []  # (loss, inputs) of each forward pass of the step
+        self.steps = []  # those since the last look, as JudgedStep
         self.has_gradient = set()
         self.loss_hooks = [model.register_forward_hook(self.note_loss, with_kwargs=True)]
         if self.trainer and self.trainer.compute_loss_func:  # gets the labels in place of the model
@@ -59,35 +84,40 @@ class TrainingChecks(TrainerCallback):
             self.batches.append((loss.detach(), self.inputs))
 
     def on_pre_optimizer_step(self, args, state, control, model, optimizer, processing_class, **kwargs):
-        loss_is_bad = torch.tensor([not loss.isfinite().all() for loss, _ in self.batches]).any()
+        losses = [loss.float().mean() for loss, _ in self.batches] or [torch.zeros(())]  # a Trainer may have its own
+        loss_is_bad = ~torch.stack(losses).isfinite().all()
         gradient_is_bad = ~gradient_norm(args, self.trainer, model).isfinite()
-        if any(bad := on_any_process(loss_is_bad, gradient_is_bad, device=args.device)):
-            what = ["loss" if bad[0] else "gradient", "is not a finite number"]
-            batches = [inputs for loss, inputs in self.batches if not bad[0] or not loss.isfinite().all()]
-            if not batches:
-                what.append("on another process")
-            texts = [text for inputs in batches for text in batch_texts(processing_class, inputs)]
-            raise FloatingPointError(
-                f"The {what[0]} of step {state.global_step + 1} {' '.join(what[1:])} (learning rate "
-                f"{optimizer.param_groups[0]['lr']:g}). Nothing is saved after step {state.global_step}. "
-                "Try a lower --learning_rate, and --bf16 or float32 instead of --fp16."
-                + "".join(f"\nrow {number} of the batch: {text!r}" for number, text in enumerate(texts, 1))
-            )
+        rate = optimizer.param_groups[0]["lr"]
+        self.steps.append(JudgedStep(state.global_step + 1, rate, self.batches, loss_is_bad, gradient_is_bad))
         self.batches = []
         if self.gradient_hooks:
             check_gradients(model, self.has_gradient)
             while self.gradient_hooks:
                 self.gradient_hooks.pop().remove()
 
-    def on_step_end(self, args, state, control, model, **kwargs):
+    def on_step_end(self, args, state, control, model, processing_class, **kwargs):
+        if state.global_step == 1 or control.should_log or control.should_evaluate or control.should_save:
+            self.look(args, processing_class)
         if control.should_save:
             check_finite(model)
+
+    on_epoch_end = on_step_end
+
+    def look(self, args, processing_class):
+        """Raise a FloatingPointError if a loss or a gradient since the last look was not finite, on any process."""
+        steps, self.steps = self.steps, []
+        flags = [flag for step in steps for flag in (step.loss_is_bad, step.gradient_is_bad)]
+        bad = on_any_process(*flags, device=args.device) if flags else []
+        for step, loss_is_bad, gradient_is_bad in zip(steps, bad[::2], bad[1::2], strict=True):
+            if loss_is_bad or gradient_is_bad:
+                raise step.error(loss_is_bad, processing_class)
 
     def on_save(self, args, state, control, model, **kwargs):
         if args.should_save:
             self.check_saved(Path(args.output_dir, f"checkpoint-{state.global_step}"), model, state.global_step)
 
-    def on_train_end(self, args, state, control, model, **kwargs):
+    def on_train_end(self, args, state, control, model, processing_class, **kwargs):
+        self.look(args, processing_class)
         while self.loss_hooks:
             self.loss_hooks.pop().remove()
         check_finite(model)

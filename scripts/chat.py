@@ -23,8 +23,7 @@ with contextlib.suppress(ImportError):  # Windows has none, and its terminal edi
 
 import torch
 import transformers
-from chat_page import page, serve
-from chatbot import Chatbot, is_call, next_message, text_of
+from chatbot import Chatbot, is_call, next_message, text_of, training_row
 from opening import opened
 
 from finetuning.self_checks import SelfCheckFailed, check_answers
@@ -43,28 +42,11 @@ A line that ends with \\ goes on in the next one; lines between """ and """ are 
 BLOCK = '"""'
 
 
-def parsed_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_model_flags(parser: argparse.ArgumentParser):
+    """What `loaded` reads."""
     parser.add_argument("model", metavar="MODEL", help="adapter folder, model folder or hub name")
     parser.add_argument("--base_model", help="the base of an adapter, where it is not at the place noted in it")
-    parser.add_argument(
-        "--prompt", metavar="TEXT", help="answer this on standard output and exit; - reads the question"
-    )
-    parser.add_argument("--system", metavar="TEXT", help="system message")
-    parser.add_argument("--tools", type=Path, metavar="FILE", help="JSON list of tools, for models that call tools")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python files that the checkpoint brings")
-
-    sampling = parser.add_argument_group(
-        "how answers are chosen (default: as the checkpoint says, else the likeliest)"
-    )
-    sampling.add_argument("--do_sample", action="store_true", default=None)
-    sampling.add_argument("--no_do_sample", action="store_false", dest="do_sample", help="always the likeliest token")
-    sampling.add_argument("--temperature", type=float)
-    sampling.add_argument("--top_p", type=float)
-    sampling.add_argument("--top_k", type=int)
-    sampling.add_argument("--repetition_penalty", type=float)
-    sampling.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer (default %(default)s)")
-    sampling.add_argument("--seed", type=int, help="makes sampled answers repeatable")
 
     loading = parser.add_argument_group("where and how the model is loaded")
     loading.add_argument("--device", help="default: the accelerator if there is one, else cpu")
@@ -83,10 +65,36 @@ def parsed_arguments() -> argparse.Namespace:
     bits.add_argument("--load_in_4bit", action="store_const", const=4, dest="bits", help="needs bitsandbytes")
     bits.add_argument("--load_in_8bit", action="store_const", const=8, dest="bits", help="needs bitsandbytes")
 
+
+def add_sampling_flags(parser: argparse.ArgumentParser):
+    sampling = parser.add_argument_group(
+        "how answers are chosen (default: as the checkpoint says, else the likeliest)"
+    )
+    sampling.add_argument("--do_sample", action="store_true", default=None)
+    sampling.add_argument("--no_do_sample", action="store_false", dest="do_sample", help="always the likeliest token")
+    sampling.add_argument("--temperature", type=float)
+    sampling.add_argument("--top_p", type=float)
+    sampling.add_argument("--top_k", type=int)
+    sampling.add_argument("--repetition_penalty", type=float)
+    sampling.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer (default %(default)s)")
+    sampling.add_argument("--seed", type=int, help="makes sampled answers repeatable")
+
+
+def parsed_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser)
+    add_sampling_flags(parser)
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="answer this on standard output and exit; - reads the question"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--tools", type=Path, metavar="FILE", help="JSON list of tools, for models that call tools")
+
     page = parser.add_argument_group("page")
     page.add_argument("--web", action="store_true", help="serve a page; needs gradio")
     page.add_argument("--host", default="127.0.0.1", help="0.0.0.0: let other computers in (default: this one alone)")
     page.add_argument("--port", type=int, default=7860)
+    page.add_argument("--example", metavar="TEXT", action="append", help="a question to offer; may be given again")
     return parser.parse_args()
 
 
@@ -175,7 +183,6 @@ class Conversation:
         return True
 
     def save(self, path: str):
-        row = {"messages": self.messages, **({"tools": self.bot.tools} if self.bot.tools else {})}
         if not path or not any(message["role"] == "assistant" for message in self.messages):
             print(
                 "(/save FILE appends a conversation that has an answer: name the file.)"
@@ -185,7 +192,7 @@ class Conversation:
             return
         try:
             with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(training_row(self.messages, self.bot.tools))
         except OSError as error:
             print(f"(Not saved: {error})")
         else:
@@ -269,12 +276,11 @@ def tools_in(path: Path) -> list[dict]:
     return tools
 
 
-def chatbot(arguments: argparse.Namespace) -> Chatbot:
-    options = generation_options(arguments)
-    tools = tools_in(arguments.tools) if arguments.tools else None
+def loaded(arguments: argparse.Namespace):
+    """Model and tokenizer of the command line."""
     device = chosen_device(arguments)
     print(f"Loading {arguments.model} on {device} ...", file=sys.stderr, flush=True)
-    model, tokenizer = opened(
+    return opened(
         arguments.model,
         base_model=arguments.base_model,
         dtype=chosen_dtype(arguments, device),
@@ -282,6 +288,12 @@ def chatbot(arguments: argparse.Namespace) -> Chatbot:
         bits=arguments.bits,
         trust_remote_code=arguments.trust_remote_code,
     )
+
+
+def chatbot(arguments: argparse.Namespace) -> Chatbot:
+    options = generation_options(arguments)
+    tools = tools_in(arguments.tools) if arguments.tools else None
+    model, tokenizer = loaded(arguments)
     if arguments.seed is not None:
         transformers.set_seed(arguments.seed)
     bot = Chatbot(model, tokenizer, options, tools)
@@ -294,7 +306,7 @@ def chatbot(arguments: argparse.Namespace) -> Chatbot:
 def main():
     arguments = parsed_arguments()
     if arguments.web and not importlib.util.find_spec("gradio"):
-        sys.exit("chat.py: --web needs gradio: pip install 'gradio>=6'")
+        sys.exit("chat.py: --web needs gradio: pip install 'gradio>=6.10'")
     transformers.utils.logging.set_verbosity_error()
     try:
         bot = chatbot(arguments)
@@ -303,7 +315,9 @@ def main():
             system = [{"role": "system", "content": arguments.system}] if arguments.system else []
             printed(bot, [*system, {"role": "user", "content": text}], stream=sys.stdout.isatty())
         elif arguments.web:
-            serve(page(bot, arguments.system, Path(arguments.model).name), arguments.host, arguments.port)
+            from chat_page import page, serve  # late: gradio is optional, and takes seconds
+
+            serve(page(bot, arguments.system, arguments.model, arguments.example), arguments.host, arguments.port)
         else:
             converse(Conversation(bot, arguments.system))
     except KeyboardInterrupt:

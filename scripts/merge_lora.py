@@ -29,11 +29,13 @@ import transformers
 from comparing import compared
 from huggingface_hub import split_torch_state_dict_into_shards
 from merging import Merge
+from modelfile import check_ollama, write_modelfile
 from native_export import write_adapter, write_json, write_native
 from safetensors.torch import save_file
 
 from chatglm import ChatGLMConfig
 from chatglm.configuration_chatglm import SECOND_GENERATION
+from chatglm.native import served_template
 from finetuning.adapters import stop_ids
 from finetuning.self_checks import SelfCheckFailed
 from run_chatglm_lora import loaded_tokenizer, padding_id
@@ -51,6 +53,7 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: as the base is stored")
     parser.add_argument("--base_model", help="the base, where it is not at the place noted in the adapter")
     parser.add_argument("--max_shard_size", default="2GB", help="of the files written; the memory needed goes with it")
+    parser.add_argument("--ollama", action="store_true", help="write a Modelfile too (ChatGLM3 and GLM-4)")
     parts = parser.add_mutually_exclusive_group()
     parts.add_argument("--adapter_only", action="store_true", help="the adapter alone, for the native layout")
     parts.add_argument("--base_only", action="store_true", help="the base alone: what --adapter_only adapts")
@@ -115,7 +118,7 @@ def write_published(merge: Merge, folder: Path):
     copy_files(merge.base_folder if same else merge.adapter_folder, folder, TOKENIZER_FILES)
     copy_files(merge.base_folder, folder, KEPT_FILES)
     if merge.tokenizer.chat_template:  # published folders have none, and engines then make up a prompt of their own
-        (folder / "chat_template.jinja").write_text(merge.tokenizer.chat_template, encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(served_template(merge.tokenizer), encoding="utf-8")
 
 
 def copy_files(source: Path, folder: Path, patterns: list[str]):
@@ -177,6 +180,9 @@ def main():
     try:
         with unfinished(arguments.out) as folder:
             merge = Merge(arguments)
+            if arguments.ollama:
+                check_ollama(merge)
+                write_modelfile(merge, folder)
             for remark in remarks(merge):
                 print(remark, flush=True)
             if arguments.adapter_only:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv from the lock files where that is needed, checks the style and runs the tests: the main road on the
-# oldest supported transformers, and everything on the locked libraries.
+# Sets up .venv from the lock files where that is needed, checks the style and runs the tests: the main road (those
+# marked `oldest`) on the oldest supported transformers, and everything on the locked libraries.
 #     bash scripts/test.sh
 # What pytest's options choose, on the locked libraries alone:
 #     bash scripts/test.sh OPTION ...
@@ -11,10 +11,8 @@ cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 tests() {  # ENVIRONMENT [pytest options]
-    # DeepSpeed compiles a library here; a run that was killed meanwhile left a lock that the next would wait for.
-    export TORCH_EXTENSIONS_DIR=$PWD/$1/torch_extensions
-    rm -f "$TORCH_EXTENSIONS_DIR"/*/lock
-    "$1/bin/python" -m pytest --numprocesses 2 "${@:2}"
+    # Each process takes neighbouring tests, which share fixtures, and then some of the other's.
+    "$1/bin/python" -m pytest --numprocesses 2 --dist worksteal "${@:2}"
 }
 
 if [ "${1:-}" = --newest ]; then
@@ -40,7 +38,7 @@ if [ $# = 0 ]; then
         cp tests/oldest.lock $oldest/installed
     fi
     echo "== the main road on $(cat tests/oldest.txt)"
-    PYTHONPATH=$oldest tests .venv tests/chatglm tests/test_lora.py tests/test_demo.py
+    PYTHONPATH=$oldest tests .venv -m oldest
 fi
 echo "== everything on the locked libraries"
 tests .venv "$@"

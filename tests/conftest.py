@@ -109,7 +109,8 @@ def run(tmp_path, monkeypatch):
         folder = tmp_path / output
         # A flag that is given twice has its last value: a test may override the common ones.
         words = list(flat(flags))
-        monkeypatch.setattr(sys, "argv", ["run_chatglm_lora.py", *COMMON.split(), "--output_dir", str(folder), *words])
+        common = [word for word in COMMON.split() if word != "--no_plot_loss" or "--plot_loss" not in words]
+        monkeypatch.setattr(sys, "argv", ["run_chatglm_lora.py", *common, "--output_dir", str(folder), *words])
         run_chatglm_lora.main()
         return folder
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 
 import pytest
 from tiny import ROOT
@@ -13,6 +14,7 @@ TOOLS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
 PICTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 
 
+@cache
 def imported(path, top_only=False) -> set[str]:
     """Dotted names that a file imports: a from-import also with each of its names; a relative one from finetuning."""
     tree = ast.parse(path.read_bytes())

@@ -2,11 +2,11 @@
 
 import json
 import re
-import subprocess
 import sys
 from dataclasses import fields
 
 import pytest
+from processes import forked_program
 from tiny import ROOT, losses
 
 import run_chatglm_lora
@@ -21,10 +21,8 @@ def test_flags_of_run_clm_keep_their_defaults_and_choices(cls):
     assert all(f.metadata["help"] for f in fields(cls))
 
 
-@pytest.mark.slow
 def test_help_shows_each_group_of_flags():
-    command = [sys.executable, str(ROOT / "run_chatglm_lora.py"), "--help"]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    text = forked_program("run_chatglm_lora.py", "--help").stdout
     for group in (ModelArguments, DataTrainingArguments, ChatArguments, LoraArguments):
         assert f"\n{group._argument_group_name}:" in text
     assert "--no_use_lora" in text

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -14,6 +13,7 @@ import chatbot
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from processes import forked_program
 from tiny import ROOT
 from trained import write_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -91,12 +91,9 @@ def test_adapter_is_found_with_its_base_and_the_tokenizer_of_its_training(chatgl
     assert run_chat(moved, *flags, "--base_model", chatglm3).out.strip() == expected.rstrip("\ufffd")
 
 
-@pytest.mark.slow
 def test_pipe_gets_the_answer_alone_from_any_folder(llama, tmp_path):
-    command = [sys.executable, str(ROOT / "scripts/chat.py"), llama, "--prompt", "-", "--max_new_tokens", "8"]
-    result = subprocess.run(
-        command, input="the lamps", capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}
-    )
+    words = [llama, "--prompt", "-", "--max_new_tokens", 8]
+    result = forked_program(ROOT / "scripts/chat.py", *words, cwd=tmp_path, typed="the lamps")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(llama), AutoTokenizer.from_pretrained(llama)
     expected = greedy(model, tokenizer, [{"role": "user", "content": "the lamps"}], 8)
     assert (result.returncode, result.stdout) == (0, expected.rstrip("\ufffd") + "\n")
@@ -281,7 +278,7 @@ def test_sampling_flags_sample_and_the_seed_repeats(llama, run_chat):
         ("chatglm3", ["--max_new_tokens", "0"], "--max_new_tokens must be at least 1, not 0"),
         ("chatglm3", ["--base_model", "x"], "is no adapter .* --base_model is for adapters"),
         ("chatglm3", ["--load_in_4bit"], "--load_in_4bit needs bitsandbytes: pip install bitsandbytes"),
-        ("chatglm3", ["--web"], "--web needs gradio: pip install 'gradio>=6'"),
+        ("chatglm3", ["--web"], "--web needs gradio: pip install 'gradio>=6.10'"),
     ],
 )
 def test_mistakes_get_a_sentence(model, flags, sentence, run_chat, request, tmp_path, monkeypatch):

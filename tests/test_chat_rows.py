@@ -140,8 +140,8 @@ PLACE = r"train row 7, column 'messages', message 2: "
         ({"messages": [*said("q"), {"role": "assistant", "content": {}}]}, MESSAGES, PLACE + "{} .* is found"),
         ({"messages": [*said("q"), {"role": "assistant", "content": "a", "loss": 0.5}]}, MESSAGES,
          PLACE + "loss must be true, false, 1 or 0"),
-        ({"messages": [*said("q"), {"role": "system", "content": "s"}]}, MESSAGES,
-         PLACE + "a system message stands first, and there is one at most"),
+        ({"messages": [*said("q"), {"role": "system", "content": "s", "tools": [1]}, *said("r", "a")]}, MESSAGES,
+         PLACE + "tools belong to the first message"),
         ({"messages": [*said("q"), {"role": "tool", "parameters": {}}]}, MESSAGES, PLACE + "a call needs a name"),
         ({"messages": [{"role": "system", "content": "", "tools": [1]}, *said("q", "a")], "tools": [2]}, MESSAGES,
          "the tools stand both in the row and in its system message"),
@@ -158,6 +158,15 @@ def test_bad_row_is_named_by_place_column_and_what_is_expected(row, row_format, 
         (b'{"prompt": "q"', "line 2, column 15: not JSON"),
         ('{"prompt": "问", "response": "答"}'.encode("gb18030"), "line 2, byte 13: not UTF-8. If it is a Chinese"),
         (b'["prompt"]', r'line 2: \["prompt"\] \(a list\) is found, an object'),
+        (b'{"prompt": "q", "response": "a", "prompt": "r"}', "line 2: the key 'prompt' stands twice in one object"),
+        (
+            b'{"prompt": "q", "response": "a", "history": [{"role": "user", "content": "b", "role": "user"}]}',
+            "line 2: the key 'role' stands twice in one object",
+        ),
+        (
+            b'{"prompt": "q", "response": "a", "history": "[{\\"q\\": \\"b\\", \\"a\\": 1, \\"a\\": 2}]"}',
+            "line 2, column 'history': the key 'a' stands twice in one object",
+        ),
     ],
 )
 def test_broken_line_is_named(tmp_path, line, sentence):
@@ -165,7 +174,7 @@ def test_broken_line_is_named(tmp_path, line, sentence):
     _, cells = read_rows([str(tmp_path / "a.jsonl")])
     with pytest.raises(BadRow, match="a.jsonl, " + sentence):
         conversation(cells, PAIR, "")
-    assert columns_of_rows(read_rows([str(tmp_path / "a.jsonl")])) == ["prompt", "response"]
+    assert columns_of_rows(read_rows([str(tmp_path / "a.jsonl")]))[:2] == ["prompt", "response"]
 
 
 GOOD = {"messages": said("你好", "你好，我是小茶。"), "tools": None}

@@ -6,11 +6,9 @@ from trained import script
 
 check_models = script("check_models")
 
-END_TO_END = (
-    "ChatGLM2-6B ChatGLM3-6B GLM-4-9B glm glm4 glm4_moe glm4_moe_lite llama mistral qwen2 qwen3 qwen3_moe gpt2"
-)
-END_TO_END += " gemma2 gemma3_text phi3 deepseek_v3 opt"
-PADDED = "ChatGLM-6B qwen3_next gpt_oss falcon_h1 mamba bloom minimax"
+END_TO_END = "ChatGLM-6B ChatGLM2-6B ChatGLM3-6B GLM-4-9B glm glm4 glm4_moe glm4_moe_lite llama mistral qwen2 qwen3"
+END_TO_END += " qwen3_moe gpt2 gemma2 gemma3_text phi3 deepseek_v3 opt"
+PADDED = "qwen3_next gpt_oss falcon_h1 mamba bloom minimax"
 EITHER = "nemotron lfm2"  # as the version of transformers has it
 REFUSED = {"bert": "sees the tokens that it should predict", "bart": "is not that of the next token"}
 

@@ -33,3 +33,10 @@ def test_plain_text_of_csv_files_is_read_with_their_separator(tmp_path):
     (tmp_path / "a.csv").write_text("text;label\na;1\nb;2\n")
     files = {"train": [str(tmp_path / "a.csv")]}
     assert builder(files) == "csv" and builder_options("csv", files, keep_linebreaks=True) == {"sep": ";"}
+
+
+def test_plain_text_that_is_not_there_or_empty_is_named(tmp_path):
+    (tmp_path / "a.txt").touch()
+    for name, sentence in {"a.txt": "a.txt has no rows: it is empty", "b.txt": "There is no file .*b.txt"}.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+            builder({"train": [str(tmp_path / name)]})

@@ -8,6 +8,9 @@ import pytest
 from tiny import ROOT
 
 
+pytestmark = pytest.mark.oldest
+
+
 @pytest.mark.slow
 def test_demo_teaches_the_answers_and_a_second_run_reuses_what_exists(tmp_path):
     def demo():

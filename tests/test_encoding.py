@@ -10,6 +10,7 @@ from goldens_io import GOLDENS, recorded_texts
 from tiny import CHAT_FLAGS, CHATML, results, said, write_jsonl
 from transformers import AutoTokenizer
 
+import run_chatglm_lora
 from chatglm import ChatGLM6BTokenizer, ChatGLMTokenizer
 from finetuning.batches import IGNORE_INDEX
 from finetuning.chat_rows import RowFormat, as_template_takes_them, conversation, split_where_refused
@@ -123,6 +124,18 @@ def test_messages_that_are_not_to_be_trained_have_no_labels(tokenizers, tokenize
         assert separate == ("<|im_end|>" in trained)
 
 
+def test_system_message_between_rounds_is_written_where_the_template_takes_it(tokenizers, tokenizer):
+    talk = [*said("a door", "a lamp"), {"role": "system", "content": "seven"}, *said("a ferry", "a heron")]
+    for each in (tokenizers["v3"], tokenizer):
+        (example,) = encoded(each, {"conversations": talk}, CONVERSATIONS)
+        assert "seven" in each.decode(example["input_ids"])
+        trained = each.decode([label for label in example["labels"] if label != IGNORE_INDEX])
+        assert "a lamp" in trained and "a heron" in trained and "seven" not in trained
+    for name, model in {"v1": "ChatGLM-6B", "v2": "ChatGLM2"}.items():
+        with pytest.raises(ValueError, match=f"Message 3 has role 'system' where {model} needs 'user'"):
+            encoded(tokenizers[name], {"conversations": talk}, CONVERSATIONS)
+
+
 def test_answers_without_loss_are_no_examples_of_their_own(tokenizers):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "loss": False}]
     messages += [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
@@ -171,13 +184,19 @@ def test_template_from_a_file_is_used_and_saved(run, llama, tokenizer, chats, tm
     assert "~" in tokenizer.decode(prompt_ids(saved, [{"role": "user", "content": "a"}]))
 
 
-@pytest.mark.slow
-def test_same_run_takes_the_encoding_from_the_cache_and_any_change_does_not(run, chatglm3, chats, caplog, tmp_path):
+def test_same_run_takes_the_encoding_from_the_cache_and_any_change_does_not(
+    run, chatglm3, chats, caplog, tmp_path, monkeypatch
+):
+    def encoded_now(*arguments):
+        raise InterruptedError
+
+    monkeypatch.setattr(run_chatglm_lora, "loaded_model", encoded_now)
     flags = ["--model_name_or_path", chatglm3, "--train_file", chats, CHAT_FLAGS, "--do_train", "--max_steps", 1]
     flags += ["--cache_dir", tmp_path / "cache"]
 
     def caches(*more):
-        run(flags, *more)
+        with pytest.raises(InterruptedError):
+            run(flags, *more)
         return len(list((tmp_path / "cache").rglob("cache-*.arrow")))
 
     with caplog.at_level(logging.ERROR):

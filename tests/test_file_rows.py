@@ -3,10 +3,13 @@
 import bz2
 import gzip
 import json
+import sys
 
+import openpyxl
 import pytest
 
-from finetuning.file_rows import read_rows
+from finetuning import file_rows
+from finetuning.file_rows import read_rows, zstd
 
 
 def rows(path):
@@ -55,6 +58,8 @@ def test_file_that_cannot_be_read_is_named_with_the_way_out(tmp_path, name, cont
         ("a.json", b'{\n"messages": [{"role": "user"}]\n}', [({"messages": [{"role": "user"}]}, "line 1")]),
         ("a.jsonl.gz", gzip.compress(b'{"n": 1}\n{"n": 2}', mtime=0), [({"n": 1}, "line 1"), ({"n": 2}, "line 2")]),
         ("a.jsonl", gzip.compress(b'{"n": 1}\n{"n": 2}', mtime=0), [({"n": 1}, "line 1"), ({"n": 2}, "line 2")]),
+        ("a.jsonl.zst", zstd.compress(b'{"n": 1}\n{"n": 2}'), [({"n": 1}, "line 1"), ({"n": 2}, "line 2")]),
+        ("a.json", zstd.compress(b'[{"n": 1},\n{"n": 2}]'), [({"n": 1}, "line 1"), ({"n": 2}, "line 2")]),
         ("a.json.bz2", bz2.compress(b'[{"n": 1}]'), [({"n": 1}, "line 1")]),
         ("a.tsv", b"p\tr\na,b\tc\n", [({"p": "a,b", "r": "c"}, "line 2")]),
         ("a.csv", b"p;r\na,b;c\n", [({"p": "a,b", "r": "c"}, "line 2")]),
@@ -80,7 +85,9 @@ def test_every_row_arrives_with_its_place(tmp_path, name, content, found):
         ),
         ("a.json", b'{\n"n": 1,\n}', "a.json, line 3, column 1: not JSON"),
         ("a.json", b'[{"n": 1}],\n[{"n": 2}]', "a.json, line 1, column 11: not JSON"),
-        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd0000", "zstd"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd0000", "a.jsonl.zst: the packed file ends early or is damaged"),
+        ("a.jsonl.zst", zstd.compress(b'{"n": 1}' * 99)[:-4], "a.jsonl.zst: the packed file ends early or is damaged"),
+        ("a.jsonl.bz2", b"BZh9" + bytes(9), "a.jsonl.bz2: the packed file ends early or is damaged"),
     ],
 )
 def test_rows_that_would_be_lost_are_refused(tmp_path, name, content, sentence):
@@ -95,3 +102,36 @@ def test_comma_behind_an_object_is_named(tmp_path):
     assert problems == [
         f"a.jsonl, line {n}, column 9: a comma behind the object: a line holds it alone." for n in (1, 2)
     ]
+
+
+def test_workbook_gives_the_cells_of_its_only_filled_sheet_as_text(tmp_path):
+    book = openpyxl.Workbook()
+    for row in (["prompt", "response"], ["你好", 12], ["a\nb", None], [None, 1.5]):
+        book.active.append(row)
+    book.create_sheet("empty")
+    book.save(tmp_path / "a.xlsx")
+    assert rows(tmp_path / "a.xlsx") == [
+        ({"prompt": "你好", "response": "12"}, "row 2"),
+        ({"prompt": "a\nb", "response": ""}, "row 3"),
+        ({"prompt": "", "response": "1.5"}, "row 4"),
+    ]
+    book["empty"].append(["prompt"])
+    book.save(tmp_path / "a.xlsx")
+    with pytest.raises(
+        ValueError, match=r"a.xlsx has several sheets \(Sheet, empty\): save each as a file of its own"
+    ):
+        rows(tmp_path / "a.xlsx")
+    (tmp_path / "b.xlsx").write_text("prompt,response")
+    with pytest.raises(ValueError, match="b.xlsx is no workbook"):
+        rows(tmp_path / "b.xlsx")
+
+
+def test_package_that_a_file_type_needs_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd.compress(b"{}"))
+    monkeypatch.setitem(file_rows.PACKED, ".zst", None)
+    with pytest.raises(ValueError, match="a.jsonl.zst is packed with zstd, .*: pip install backports.zstd"):
+        rows(tmp_path / "a.jsonl.zst")
+    openpyxl.Workbook().save(tmp_path / "a.xlsx")
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(ValueError, match="a.xlsx: workbooks need openpyxl: pip install openpyxl"):
+        rows(tmp_path / "a.xlsx")

@@ -1,13 +1,16 @@
 """The command line: unknown, abbreviated and contradictory flags, and the help."""
 
 import re
+import subprocess
 import sys
 from dataclasses import fields
 
 import pytest
+from tiny import ROOT
+from transformers import training_args
 
 import run_chatglm_lora
-from finetuning import flags
+from finetuning import flag_names, flags
 from run_chatglm_lora import ADDED_ARGUMENTS, ARGUMENT_CLASSES, ChatArguments, LoraArguments
 
 
@@ -80,6 +83,23 @@ def test_mistake_in_the_words_says_what_to_write(run, words, sentence):
         run(words.split())
 
 
+def test_flags_that_the_sources_declare_are_those_of_the_parser():
+    declared = {}
+    for path in (run_chatglm_lora.__file__, training_args.__file__):
+        declared |= {name: flag_names.number_type(kind) for name, kind in flag_names.declared_flags(path).items()}
+    actions = flags.FlagParser(ARGUMENT_CLASSES)._actions
+    names = {action.option_strings[0].lstrip("-"): action for action in actions if action.dest != "help"}
+    assert declared == {name: each.type if each.type in (int, float) else str for name, each in names.items()}
+
+
+@pytest.mark.parametrize("words", ["--lerning_rate 1", "--lora_r x", "--use_lora --no_use_lora", "train.jsonl"])
+def test_mistake_in_a_word_shows_before_torch_is_imported(words):
+    command = [sys.executable, "-X", "importtime", str(ROOT / "run_chatglm_lora.py"), "--output_dir", "x"]
+    ended = subprocess.run([*command, *words.split()], capture_output=True, text=True)
+    assert ended.returncode == 2 and "run_chatglm_lora.py: error: " in ended.stderr
+    assert not re.search(r"\| +(torch|transformers)$", ended.stderr, re.M)
+
+
 def test_flag_that_a_file_of_arguments_misspells_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.yaml").write_text("lora_rank: 8\n")
     monkeypatch.setattr(sys, "argv", ["run_chatglm_lora.py", str(tmp_path / "a.yaml")])
@@ -90,8 +110,8 @@ def test_flag_that_a_file_of_arguments_misspells_is_named(tmp_path, monkeypatch)
 def test_no_name_of_another_program_is_a_flag_here_and_each_answer_names_one():
     names = {f.name for cls in ARGUMENT_CLASSES for f in fields(cls) if f.init}
     known = names | {f"no_{name}" for name in names}
-    assert not names & flags.OTHER_NAMES.keys()
-    for answer in flags.OTHER_NAMES.values():
+    assert not names & flag_names.OTHER_NAMES.keys()
+    for answer in flag_names.OTHER_NAMES.values():
         assert set(re.findall(r"--(\w+)", answer)) <= known, answer
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from peft import PeftModel
 from processes import finished, forked_ranks, forked_run, signal_rank_1, spoil_loss_of_rank_1
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ import chatglm  # noqa: F401
 from finetuning.launching import (
     check_deepspeed,
     check_extension_locks,
+    check_parallelism,
     check_processes,
     check_strategy,
     prepared_words,
@@ -116,7 +118,7 @@ def test_signal_to_one_process_stops_both_after_the_same_step(chatglm3, chats, t
     words = command(chatglm3, chats, "--output_dir", tmp_path / "out")
     ended = forked_ranks(words, tmp_path, before=signal_rank_1)
     assert [code for code, _ in ended] == [STOPPED_EARLY, STOPPED_EARLY], ended
-    assert (tmp_path / "out/checkpoint-3/complete.json").exists() and "after step 3 of 6" in ended[0][1]
+    assert (tmp_path / "out/checkpoint-4/complete.json").exists() and "after step 4 of 6" in ended[0][1]
 
 
 @pytest.mark.slow
@@ -154,6 +156,20 @@ def test_fsdp_and_fp16_are_refused_where_they_do_nothing(run, chatglm3, chats):
     on_gpus = SimpleNamespace(type="cuda")
     args = {"fsdp": True, "fp16": True, "fp16_full_eval": False, "world_size": 2, "device": on_gpus}
     check_strategy(SimpleNamespace(**args, parallel_mode=SimpleNamespace(value="distributed")))
+
+
+@pytest.mark.parametrize("sizes", [{"cp_size": 2}, {"sp_size": 2}])
+def test_rows_that_would_be_cut_into_shares_are_refused(sizes, monkeypatch):
+    config = ParallelismConfig(**sizes)
+    with pytest.raises(ValueError, match=f"cp_size {config.cp_size}, sp_size {config.sp_size}.* set both to 1"):
+        check_parallelism(SimpleNamespace(parallelism_config=config))
+    given = SimpleNamespace(parallelism_config=None)
+    check_parallelism(given)
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    check_parallelism(given)
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{next(iter(sizes)).upper()}", "2")
+    with pytest.raises(ValueError, match="give each process a share of every row"):
+        check_parallelism(given)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def adapter(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
+@pytest.mark.oldest
 def test_adapter_loads_in_plain_peft_and_gives_the_trained_model(run, flags, chatglm3, monkeypatch):
     trained = []
     monkeypatch.setattr(run_chatglm_lora, "publish", lambda trainer, *args: trained.append(trainer.model.eval()))
@@ -93,6 +94,7 @@ def test_variants_of_lora_train_and_reopen(run, flags, chatglm3, options):
     assert losses(folder)[-1] != losses(folder)[0]
 
 
+@pytest.mark.oldest
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--prefix_projection"]])
 def test_prefix_tuning_trains_saves_and_predicts(run, flags, chats, options):
@@ -104,6 +106,7 @@ def test_prefix_tuning_trains_saves_and_predicts(run, flags, chats, options):
     assert answers[0] == answers[1] and len(set(losses(folder))) == 4
 
 
+@pytest.mark.oldest
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["chatglm1", "chatglm2", "glm4_checkpoint"])
 def test_every_generation_trains_evaluates_and_answers(run, name, chats, request):
@@ -176,6 +179,7 @@ def test_training_goes_on_from_an_adapter(run, flags):
     assert any(not torch.equal(adapter(first)[name], tensor) for name, tensor in adapter(second).items())
 
 
+@pytest.mark.oldest
 @pytest.mark.slow
 def test_resumed_run_ends_with_the_same_adapter_and_losses(run, flags):
     flags = [flags, "--save_strategy", "steps", "--save_steps", 2]  # with the default dropout of 0.1
@@ -186,6 +190,7 @@ def test_resumed_run_ends_with_the_same_adapter_and_losses(run, flags):
     assert (resumed / names).read_bytes() == (straight / names).read_bytes()
 
 
+@pytest.mark.oldest
 def test_losses_are_those_recorded(run, flags):
     """On another processor the sums are rounded in another way, hence the tolerance."""
     assert losses(run(flags, "--seed", 3, "--no_padding_free")) == pytest.approx(RECORDED, rel=1e-4)

@@ -173,9 +173,13 @@ def test_other_methods_of_peft_train_and_reopen(run, tuning, request, kind, mode
 
 def test_ranks_of_adalora_are_dealt_out(run, tuning, llama):
     """Of 2 x 2 layers with 12 values each, 8 a layer are kept at the end."""
-    folder = run("--model_name_or_path", llama, tuning, "--peft_type", "ADALORA", "--max_steps", 8)
+    words = ["--model_name_or_path", llama, tuning, "--peft_type", "ADALORA", "--max_steps", 8]
+    words += ["--save_strategy", "steps", "--save_steps", 4]
+    folder = run(words)
     kept = sum(sum(mask) for mask in config_of(folder)["rank_pattern"].values())
     assert kept == 4 * 8
+    with pytest.raises(ValueError, match="checkpoint-8 cannot be resumed from: AdaLoRA deals its ranks out by what"):
+        run(words, "--resume_from_checkpoint", "last")
 
 
 def test_layers_that_no_table_lists_are_all_linear_ones(llama):

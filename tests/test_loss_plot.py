@@ -105,12 +105,12 @@ def test_without_matplotlib_there_is_a_sentence(tmp_path, monkeypatch):
 
 def test_training_draws_its_losses_unless_told_not_to(run, llama, chats, figures):
     flags = ["--model_name_or_path", llama, "--train_file", chats, CHAT_FLAGS, SHORT, "--do_train", "--max_steps", 3]
-    folder = run(flags)
+    folder = run(flags, "--plot_loss")
     assert (folder / "training_loss.png").is_file()
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     assert figures[0]["loss"]["training"][1] == [entry["loss"] for entry in log if "loss" in entry]
     shutil.rmtree(folder)
-    assert not (run(flags, "--no_plot_loss") / "training_loss.png").exists() and len(figures) == 1
+    assert not (run(flags) / "training_loss.png").exists() and len(figures) == 1
 
 
 def test_training_without_matplotlib_or_the_module_says_so_in_one_line(run, llama, chats, monkeypatch, caplog):
@@ -118,5 +118,5 @@ def test_training_without_matplotlib_or_the_module_says_so_in_one_line(run, llam
     find_spec = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
     caplog.set_level("INFO", logger="run_chatglm_lora")
-    assert not (run(flags) / "training_loss.png").exists()
+    assert not (run(flags, "--plot_loss") / "training_loss.png").exists()
     assert sum("The losses are not drawn" in record.message for record in caplog.records) == 1

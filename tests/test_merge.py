@@ -12,6 +12,7 @@ import merge_lora
 import merging
 import pytest
 import torch
+from jinja2 import Environment
 from opening import opened
 from peft import AutoPeftModelForCausalLM, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,7 @@ from trained import write_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chatglm import ChatGLMForConditionalGeneration
+from chatglm.native import native_tokenizer
 from chatglm.quantization import QuantizedLinear
 
 
@@ -245,7 +247,7 @@ def test_tokenizer_of_the_training_goes_along_where_it_is_another_one(chatglm3, 
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(adapter)
     folder, _ = merge(adapter)
-    assert AutoTokenizer.from_pretrained(folder).chat_template == CHATML
+    assert AutoTokenizer.from_pretrained(folder).chat_template.endswith(CHATML)
 
 
 def test_other_models_are_merged_too(llama, merge, tmp_path):
@@ -346,27 +348,67 @@ def test_merge_into_a_folder_that_another_process_writes_is_refused(chatglm3, me
     assert (tmp_path / f".merged.unfinished-{os.getppid()}").is_dir()
 
 
+TALK = [{"role": role, "content": text} for role, text in (("user", "一"), ("assistant", "二"), ("user", "三"))]
+CAME_BACK = [TALK[0], {"role": "assistant", "content": "\n 二"}, TALK[2]]
+
+
 @pytest.mark.parametrize("generation", ["chatglm2", "chatglm3", "glm4"])
 def test_exported_template_takes_answers_back_as_they_were_generated(generation, checkpoint, merge, tmp_path):
     adapter = write_adapter(checkpoint(generation), tmp_path / "adapter")
     folder, _ = merge(adapter, "--format", "native")
     ours, stock = AutoTokenizer.from_pretrained(checkpoint(generation)), AutoTokenizer.from_pretrained(folder)
-    talk = [{"role": role, "content": text} for role, text in (("user", "一"), ("assistant", "二"), ("user", "三"))]
-    came_back = [talk[0], {"role": "assistant", "content": "\n 二"}, talk[2]]
     prompts = [
-        tokenizer.apply_chat_template(talk, add_generation_prompt=True)["input_ids"] for tokenizer in (ours, stock)
+        tokenizer.apply_chat_template(TALK, add_generation_prompt=True)["input_ids"] for tokenizer in (ours, stock)
     ]
-    prompts.append(stock.apply_chat_template(came_back, add_generation_prompt=True)["input_ids"])
+    prompts.append(stock.apply_chat_template(CAME_BACK, add_generation_prompt=True)["input_ids"])
     assert prompts[0] == prompts[1] == prompts[2]
 
 
-@pytest.mark.parametrize("generation", ["chatglm", "chatglm2", "chatglm3"])
-def test_published_merge_brings_the_template(generation, checkpoint, merge, tmp_path):
+@pytest.mark.parametrize("generation", ["chatglm", "chatglm2", "chatglm3", "glm4"])
+def test_published_merge_brings_a_template_that_takes_answers_back(generation, checkpoint, merge, tmp_path):
     base = checkpoint(generation)
     folder, _ = merge(write_adapter(base, tmp_path / "adapter"))
-    assert (folder / "chat_template.jinja").read_text(encoding="utf-8") == AutoTokenizer.from_pretrained(
-        base
-    ).chat_template
+    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    ours, merged = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(folder)
+    prompt = ours.apply_chat_template(TALK, add_generation_prompt=True)["input_ids"]
+    assert merged.apply_chat_template(TALK, add_generation_prompt=True)["input_ids"] == prompt
+    given = TALK if generation == "chatglm" else CAME_BACK  # ChatGLM-6B's answers begin with no white space
+    engine = native_tokenizer(ours)  # reads the template as any engine does
+    text = engine.apply_chat_template(given, chat_template=template, add_generation_prompt=True, tokenize=False)
+    assert text == ours.apply_chat_template(TALK, add_generation_prompt=True, tokenize=False)
+
+
+def rendered_by_ollama(text, messages):
+    """The prompt of a Modelfile: its Go template, which has `range`, `if ne`, `end` and fields, in Jinja's words."""
+    template, opened, last = re.search('TEMPLATE """(.*?)"""', text, re.S).group(1), [], 0
+    words = {"range .Messages": "for m in messages", 'if ne .Role "assistant"': 'if m.role != "assistant"'}
+    jinja = ""
+    for action in re.finditer(r"{{ (.*?) }}", template):
+        jinja += template[last : action.start()]
+        last = action.end()
+        if action.group(1) == "end":
+            jinja += f"{{% end{opened.pop()} %}}"
+        elif action.group(1) in words:
+            opened.append(words[action.group(1)].split()[0])
+            jinja += f"{{% {words[action.group(1)]} %}}"
+        else:
+            jinja += f"{{{{ m{action.group(1).lower()} }}}}"
+    return Environment(keep_trailing_newline=True).from_string(jinja + template[last:]).render(messages=messages)
+
+
+@pytest.mark.parametrize("generation, layout", [("chatglm3", "published"), ("glm4", "native")])
+def test_modelfile_gives_ollama_the_prompt_of_training(generation, layout, checkpoint, merge, tmp_path):
+    base = checkpoint(generation)
+    folder, _ = merge(write_adapter(base, tmp_path / "adapter"), "--format", layout, "--ollama")
+    text, ours = (folder / "Modelfile").read_text(encoding="utf-8"), AutoTokenizer.from_pretrained(base)
+    assert text.startswith("FROM ./model.gguf\n") and text.count("PARAMETER stop") == 2
+    system = {"role": "system", "content": "简短"}
+    blank = " " if generation == "chatglm3" else ""  # with which an answer comes back
+    given = [system, TALK[0], {"role": "assistant", "content": blank + "二"}, TALK[2]]
+    ids = native_tokenizer(ours).encode(rendered_by_ollama(text, given), add_special_tokens=False)
+    answer = {"role": "assistant", "content": "四"}
+    said = ours.apply_chat_template([system, *TALK, answer])["input_ids"]
+    assert said[: len(ids)] == ids and ours.decode(said[len(ids) :]) == "四"
 
 
 def test_existing_folder_is_left_as_it_is(chatglm3, merge, tmp_path):
@@ -390,6 +432,8 @@ def test_full_disk_is_noticed_before_writing(chatglm3, merge, tmp_path, monkeypa
     [
         ("chatglm", ["--format", "native"], {}, "ChatGLM-6B reads its context in both directions"),
         ("chatglm", [], {"target_modules": ["word_embeddings"]}, "word_embeddings, which shares its matrix"),
+        ("chatglm2", ["--ollama"], {}, "--ollama writes the prompts of ChatGLM3 and GLM-4"),
+        ("chatglm3", ["--ollama", "--format", "native"], {}, "pass --format published with --ollama"),
         (
             "chatglm3",
             ["--format", "native", "--adapter_only"],

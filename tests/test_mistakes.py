@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import forked_program
 from tiny import ROOT
 
 from finetuning.mistakes import did_you_mean, is_for_the_user, reported, way_out
@@ -75,11 +76,9 @@ def test_error_of_a_library_that_our_code_meets_is_no_sentence():
     assert not is_for_the_user(met.value)
 
 
-@pytest.mark.slow
-def test_mistake_as_a_program_prints_one_line(chatglm3):
+def test_mistake_as_a_program_prints_one_line(chatglm3, tmp_path):
     words = ["--model_name_or_path", chatglm3, "--train_file", "nothere.jsonl", "--do_train", "--use_cpu"]
-    command = [sys.executable, str(ROOT / "run_chatglm_lora.py"), *words]
-    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    ended = forked_program(ROOT / "run_chatglm_lora.py", *words, cwd=tmp_path)
     assert ended.returncode == 2
     assert ended.stderr == "run_chatglm_lora.py: error: There is no file nothere.jsonl.\n"
     assert len(ended.stdout.splitlines()) <= 1  # versions and device

@@ -102,3 +102,11 @@ def test_model_that_the_hub_has_and_folder_that_is_there_pass(hub):
     preconditions.check_name("--model_name_or_path", str(Path(__file__).parent), ARGUMENTS)
     preconditions.check_name("--model_name_or_path", "some/where", ARGUMENTS)
     assert len(asked) == 1
+
+
+def test_attention_that_nobody_knows_is_refused_with_the_nearest_name():
+    preconditions.check_attention("kernels-community/flash-attn2")
+    with pytest.raises(
+        ValueError, match=r"--attn_implementation flash_attention2 is none of auto, .* mean 'flash_att"
+    ):
+        preconditions.check_attention("flash_attention2")

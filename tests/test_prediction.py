@@ -151,3 +151,14 @@ def test_best_model_is_told_by_perplexity_or_by_answers(run, llama, chats, metri
     values = {entry["step"]: entry[f"eval_{metric}"] for entry in state["log_history"] if f"eval_{metric}" in entry}
     best = min if metric == "perplexity" else max
     assert set(values) >= {2, 4} and state["best_metric"] == best(values[2], values[4])
+
+
+def test_answers_are_generated_at_every_nth_evaluation(run, llama, chats):
+    flags = ["--model_name_or_path", llama, "--train_file", chats, "--validation_file", chats, CHAT_FLAGS]
+    flags += ["--do_train", "--do_eval", "--max_steps", 4, "--max_target_length", 4, "--max_source_length", 60]
+    flags += ["--eval_strategy", "steps", "--eval_steps", 1, "--predict_with_generate", "--max_eval_samples", 2]
+    flags += ["--eval_generate_every", 2]
+    log = json.loads((run(flags) / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if "eval_bleu-4" in entry] == [2, 4]
+    with pytest.raises(ValueError, match="bleu-4 needs answers at each evaluation: leave --eval_generate_every out"):
+        run(flags, "--metric_for_best_model", "bleu-4", output="best")

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 import textwrap
 
 import pytest
 import torch
-from tiny import COMMON, ROOT, losses
+from processes import forked_program
+from tiny import COMMON, losses
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from run_chatglm_lora import model_class
@@ -69,18 +68,18 @@ def test_checkpoint_code_runs_with_the_flag_and_its_hash_is_stored_beside_the_ad
     assert (folder / "adapter_model.safetensors").is_file() and len(losses(folder)) == 2
 
 
-@pytest.mark.slow
 def test_own_code_of_a_chatglm_checkpoint_runs_when_it_is_asked_for(flags, checkpoint, tmp_path):
     """In a process of its own: in this one ChatGLM is known already."""
     for name in ("config.json", "modeling_house.py"):
         text = (checkpoint / name).read_text()
         (checkpoint / name).write_text(text.replace('"house"', '"chatglm"'))
-    words = map(str, [*flags, *COMMON.split(), "--output_dir", tmp_path / "out", "--lora_target_modules", "q_proj"])
-    command = [sys.executable, str(ROOT / "run_chatglm_lora.py"), *words, "--use_checkpoint_code"]
-    subprocess.run([*command, "--trust_remote_code"], check=True, capture_output=True)
+    words = [*flags, *COMMON.split(), "--output_dir", tmp_path / "out", "--lora_target_modules", "q_proj"]
+    words = ["run_chatglm_lora.py", *words, "--use_checkpoint_code"]
+    ended = forked_program(*words, "--trust_remote_code")
+    assert ended.returncode == 0, ended.stderr
     record = json.loads((tmp_path / "out/provenance.json").read_text())
     assert record["checkpoint_code"]["file"] == "modeling_house.py"
-    refused = subprocess.run(command, capture_output=True, text=True)
+    refused = forked_program(*words)
     assert refused.returncode == 2 and "pass --trust_remote_code" in refused.stderr
 
 

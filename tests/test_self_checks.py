@@ -10,7 +10,7 @@ from tiny import CHAT_FLAGS, losses
 from trained import script
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, LlamaModel
 
-from finetuning.batches import ROWWISE
+from finetuning.row_attention import ROWWISE
 from finetuning.self_checks import SelfCheckFailed
 
 
@@ -60,6 +60,14 @@ def test_rows_that_would_leak_are_padded_with_a_line_that_says_so(run, tiny, fla
     assert found["batches"].startswith("padded: the loss is ")
     assert "gpt_oss: rows are padded, not laid end to end: the loss is " in caplog.text
     assert "for each row alone" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["chatglm1", "chatglm3"])
+def test_attention_that_was_asked_for_stays_and_gives_the_same_losses(run, name, request, flags):
+    flags = ["--model_name_or_path", request.getfixturevalue(name), flags, "--lora_dropout", 0]
+    folder = run(flags, "--attn_implementation", "eager", output="eager")
+    assert (checks(folder)["batches"], checks(folder)["attention"]) == ("end to end", "eager")
+    assert losses(folder) == pytest.approx(losses(run(flags, output="auto")), rel=1e-5)
 
 
 @pytest.mark.parametrize("flag", [["--padding_free"], ["--pack_to_length", "400"]])

@@ -2,16 +2,13 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from itertools import chain
 
 import datasets
 import pytest
 from datasets import load_dataset
-from processes import SEARCHED
+from processes import forked_program
 from safetensors.torch import load_file
 from tiny import COMMON, LINES, ROOT, losses, results
 from transformers import (
@@ -79,15 +76,12 @@ def copied(tmp_path, flags):
     shutil.copy(ROOT / "run_chatglm_lora.py", tmp_path)
 
     def run_copy(installed):
-        words = map(str, [*flags, "--do_train", "--max_steps", 1, "--output_dir", tmp_path / "out", *COMMON.split()])
-        command = [sys.executable, "run_chatglm_lora.py", *words]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), *SEARCHED])}
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        words = [*flags, "--do_train", "--max_steps", 1, "--output_dir", tmp_path / "out", *COMMON.split()]
+        return forked_program("run_chatglm_lora.py", *words, cwd=tmp_path, packages=[installed])
 
     return run_copy
 
 
-@pytest.mark.slow
 def test_copy_of_the_script_trains_where_the_package_is_installed(copied, tmp_path):
     for package in ("chatglm", "finetuning"):
         shutil.copytree(ROOT / package, tmp_path / "site" / package)
@@ -95,7 +89,6 @@ def test_copy_of_the_script_trains_where_the_package_is_installed(copied, tmp_pa
     assert (tmp_path / "out/model.safetensors").is_file()
 
 
-@pytest.mark.slow
 def test_copy_of_the_script_without_the_package_says_so_in_one_sentence(copied, tmp_path):
     ended = copied(tmp_path / "nothing")
     assert ended.returncode == 1 and ended.stdout == ""
@@ -193,6 +186,12 @@ def test_model_from_scratch_follows_the_seed_and_the_overrides(run, llama, text_
     assert load_file(first / "model.safetensors")["transformer.wte.weight"].shape == (320, 16)
     assert losses(first) == losses(second)
     assert json.loads((first / "config.json").read_text())["n_layer"] == 1
+    with pytest.raises(ValueError, match="--config_overrides n=1: key n isn't in the original config"):
+        run(flags, "--no_use_lora", "--config_overrides", "n=1")
+    with pytest.raises(
+        ValueError, match="--model_type gtp2 is none of transformers' model types. Did you mean 'gpt2'"
+    ):
+        run(flags, "--no_use_lora", "--model_type", "gtp2")
 
 
 def test_tokens_that_the_model_lacks_get_embeddings(run, flags, llama, tmp_path):

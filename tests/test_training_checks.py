@@ -1,16 +1,22 @@
 """Runs that cannot end well stop early, with a sentence, and leave nothing behind that looks whole."""
 
+import functools
 import logging
+import math
+import traceback
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import CHAT_FLAGS
+from tiny import CHAT_FLAGS, ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import chatglm  # noqa: F401
+import chatglm
 from finetuning.batches import IGNORE_INDEX
 from finetuning.training_checks import (
     TrainingChecks,
@@ -168,3 +174,70 @@ def test_long_first_example_shows_both_ends(tokenizer):
     example = {"input_ids": ids, "labels": [IGNORE_INDEX] * (len(ids) - 1) + ids[-1:]}
     shown = marked_text(tokenizer, example)
     assert shown.startswith("aaa") and shown.endswith("】") and f"({len(ids) - 1000} tokens)" in shown
+
+
+# ---------------------------------------------------------------------------------------------- nobody waits for a GPU
+
+
+class Waits(TorchDispatchMode):
+    """Operations that a GPU would have to be waited for, a number for the host or a size, by our line that asks.
+
+    Those of a library are not ours (transformers looks once a forward whether rows are packed), and a collator's
+    batches are not on the GPU yet.
+    """
+
+    operations = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+    def __init__(self):
+        super().__init__()
+        self.places = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in self.operations or function is torch.ops.aten.index.Tensor and boolean(args[1]):
+            ours = (f"{ROOT}/finetuning", f"{ROOT}/chatglm", f"{ROOT}/run_")
+            libraries = ("/transformers/", "/accelerate/", "/peft/")
+            asking = next(
+                frame for frame in reversed(traceback.extract_stack())
+                if frame.filename.startswith(ours) or any(name in frame.filename for name in libraries)
+            )  # fmt: skip
+            path = Path(asking.filename)
+            if asking.filename.startswith(ours) and path.name != "batches.py":
+                self.places[f"{path.name}:{asking.lineno} {asking.line}"] += 1
+        return function(*args, **kwargs or {})
+
+
+def boolean(indices) -> bool:
+    return any(index is not None and index.dtype == torch.bool for index in indices)
+
+
+@pytest.mark.parametrize("model", ["chatglm3", "llama"])
+def test_step_waits_for_no_number(run, chats, model, request):
+    flags = ["--model_name_or_path", request.getfixturevalue(model), "--train_file", chats, CHAT_FLAGS, "--do_train"]
+    flags += ["--max_source_length", 60, "--max_target_length", 40, "--logging_steps", 100, "--no_plot_loss"]
+    places = []
+    for steps in (2, 5):
+        with Waits() as waits:
+            run(flags, "--max_steps", steps, output=f"out{steps}")
+        places.append(waits.places)
+    assert places[1] - places[0] == Counter()
+    assert places[0]  # those before the first step and after the last
+
+
+def test_loss_that_is_not_finite_is_found_late_and_named_with_its_step(run, flags, monkeypatch, tmp_path):
+    forward = chatglm.ChatGLMForConditionalGeneration.forward
+    calls = []
+
+    def spoilt(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if self.training:
+            calls.append(len(calls))
+            output.loss = output.loss * (math.nan if len(calls) == 3 else 1)
+        return output
+
+    monkeypatch.setattr(chatglm.ChatGLMForConditionalGeneration, "forward", functools.wraps(forward)(spoilt))
+    with pytest.raises(
+        FloatingPointError, match="The loss of step 3 is not .* Nothing is saved after step 2"
+    ) as error:
+        run(flags, "--logging_steps", 5, "--save_strategy", "steps", "--save_steps", 2)
+    assert len(calls) == 4 and str(error.value).count("row 1 of the batch") == 1
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]

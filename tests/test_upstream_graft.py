@@ -4,11 +4,11 @@ import difflib
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 
 import pytest
 import upstream
+from processes import forked_program
 from stand_in import NEWEST, RUNS_TODAY, SHAPES, stand_in
 from tiny import CHAT_FLAGS, COMMON, LINES, flat, losses, results, write_jsonl
 
@@ -184,8 +184,8 @@ def test_grafted_file_runs_as_a_script_with_a_file_of_arguments(grafted, run, te
     values |= {"no_use_lora": True, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1}
     values |= {"learning_rate": 1e-2, "save_strategy": "no", "output_dir": str(tmp_path / "by_file")}
     (tmp_path / "arguments.json").write_text(json.dumps(values))
-    command = [sys.executable, str(grafted()), str(tmp_path / "arguments.json")]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    ended = forked_program(grafted(), tmp_path / "arguments.json", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
     assert outcome(tmp_path / "by_file") == ours
 
 
@@ -254,7 +254,7 @@ LOGS = '        trainer.log_metrics("train", metrics)\n        trainer.save_metr
         ),
         (
             changed((LOAD, f"        if training_args.bf16:\n    {LOAD}'a')\n{LOAD}")),
-            "            model = lora.model_class(config).from_pretrained('a', **lora.quantization_options(",
+            "            model = lora.model_class(config).from_pretrained('a', **lora.loading_options(",
         ),
         (changed((LOGS, LOGS.replace("metrics)", "scores)")), ("metrics = train_result", "scores = train_result")),
          "        scores = lora.complete(scores)"),

@@ -1,12 +1,10 @@
 """What is not on Windows is not asked for when the script is imported."""
 
-import subprocess
-import sys
-
+from processes import forked_program
 from tiny import ROOT
 
 
-def test_everything_is_imported_without_resource_and_fcntl():
+def test_everything_is_imported_without_resource_and_fcntl(tmp_path):
     rooms = [f"finetuning.{path.stem}" for path in (ROOT / "finetuning").glob("[a-z]*.py")]
     # Libraries may have branches of their own for Windows: what they have imported before stays.
     code = (
@@ -15,4 +13,6 @@ def test_everything_is_imported_without_resource_and_fcntl():
         f"import {', '.join(rooms)}, run_chatglm_lora\n"
         "assert finetuning.throughput.resource is None"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    (tmp_path / "importing.py").write_text(code)
+    ended = forked_program(tmp_path / "importing.py", packages=[ROOT])
+    assert ended.returncode == 0, ended.stderr

@@ -287,7 +287,7 @@ def graft_model(script, folder):
         script.replace(call.func.value, "lora.model_class({config})".format(**script.names))
         own_line = script.line(call.args[-1]) > script.line(call)
         newline = script.module.default_newline + script.indentation(call.args[-1]) if own_line else " "
-        options = "**lora.quantization_options(lora_args, {training_args})".format(**script.names)
+        options = "**lora.loading_options(lora_args, {training_args})".format(**script.names)
         script.insert_after(call.args[-1].value, f",{newline}{options}")
     return first
 

@@ -47,7 +47,7 @@ STAGES = [
     Stage(
         "model",
         "torch_dtype dtype model embedding_size model.resize_token_embeddings",
-        "loaded_model model_class quantization_options code_revision",
+        "loaded_model model_class attention_options loading_options code_revision",
         "Model",
     ),
     Stage("adapter", "", "adapted_model adapter_config target_options checked_modules", "Adapter"),

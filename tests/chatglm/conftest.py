@@ -11,8 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import chatglm  # noqa: F401
 
 
-torch.set_num_threads(2)
-
 GENERATIONS = {"v2": "chatglm2", "v3": "chatglm3", "glm4": "glm4"}
 TOKENIZERS = {"v2": "ChatGLMTokenizer", "v3": "ChatGLMTokenizer", "glm4": "ChatGLM4Tokenizer"}
 VOCABULARIES = {"v2": "v2_tok.model", "v3": "v2_tok.model", "glm4": "glm4_tok.model"}

@@ -1,20 +1,19 @@
 import importlib
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from processes import forked_program
+from tiny import ROOT
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import chatglm
 
 
 GENERATIONS = {"v2": "chatglm2", "v3": "chatglm3", "glm4": "glm4"}
-ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "scripts" / "tiny_chatglm.py"
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("trust_remote_code", [None, True])
 def test_published_folder_loads_through_the_auto_classes(folder, version, trust_remote_code):
     options = {"trust_remote_code": trust_remote_code}
@@ -44,11 +43,6 @@ def test_registering_again_is_harmless(v3_folder):
     assert type(AutoModel.from_pretrained(v3_folder)) is chatglm.ChatGLMForConditionalGeneration
 
 
-def run_tiny(*arguments, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(TINY), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
-
-
 @pytest.mark.parametrize("generation", ["chatglm2", "glm4"])
 def test_tiny_checkpoint_is_deterministic_and_loads(tmp_path, generation):
     text = tmp_path / "rows.jsonl"
@@ -57,7 +51,7 @@ def test_tiny_checkpoint_is_deterministic_and_loads(tmp_path, generation):
     )
     options = ["--generation", generation, "--text", text, "--vocab_size", 300, "--hidden_size", 32]
     for name in ("one", "two"):
-        result = run_tiny(name, *options, cwd=tmp_path)
+        result = forked_program(TINY, name, *options, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "two").iterdir())
@@ -76,7 +70,7 @@ def test_tiny_checkpoint_is_deterministic_and_loads(tmp_path, generation):
 
 def test_tiny_checkpoint_leaves_foreign_files_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    result = run_tiny(tmp_path, cwd=tmp_path)
+    result = forked_program(TINY, tmp_path)
     assert result.returncode == 2
     assert "did not write" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

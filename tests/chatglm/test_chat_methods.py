@@ -38,6 +38,7 @@ def as_recorded(history: list) -> list:
     return [tuple(turn) if isinstance(turn, list) else turn for turn in history]
 
 
+@pytest.mark.oldest
 def test_chat_gives_the_recorded_inputs_and_answers(model, tokenizer, recorded, monkeypatch):
     chats = [chat for chat in recorded if "input" in chat]
     for chat in chats:
@@ -121,6 +122,7 @@ def test_unreadable_tool_call_is_given_as_it_is(version, request):
     assert response == {"name": "f", "content": "```python\ntool_call(a=b)\n```"}
 
 
+@pytest.mark.oldest
 def test_stream_ends_with_the_answer_of_chat(model, tokenizer):
     options = {"max_new_tokens": 12, **GREEDY}
     expected = model.chat(tokenizer, "你好", **options)

@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import chatglm  # noqa: F401
 
 
+pytestmark = pytest.mark.oldest
+
 NEW = 6
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
 SAMPLED = {**GREEDY, "do_sample": True, "top_k": 5}

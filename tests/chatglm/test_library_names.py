@@ -10,6 +10,8 @@ from chatglm import ChatGLMForSequenceClassification
 from chatglm.library_names import CACHE, RENAMED
 
 
+pytestmark = pytest.mark.oldest
+
 LOST = ["past_states", "attn_mask", "positions", "token_type_ids", "head_mask"]
 
 

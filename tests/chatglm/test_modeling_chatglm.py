@@ -61,6 +61,7 @@ def tiny_config(**changes) -> ChatGLMConfig:
 # --- the original's numbers
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("case", CASES)
 def test_logits_loss_and_gradients_equal_the_original(model, recorded, case):
     tensors, notes = recorded
@@ -78,6 +79,7 @@ def test_logits_loss_and_gradients_equal_the_original(model, recorded, case):
         assert norms == pytest.approx(note["grad_norms"], rel=1e-3)
 
 
+@pytest.mark.oldest
 def test_hidden_states_equal_the_original(model, recorded):
     tensors, _ = recorded
     expected = tensors["plain_single.hidden_states"]  # the last one before the final norm
@@ -90,9 +92,11 @@ def test_hidden_states_equal_the_original(model, recorded):
         torch.testing.assert_close(state, original, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("given_positions", [True, False], ids=["positions", "no_positions"])
-@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no_cache"])
-@pytest.mark.parametrize("case", ["single", "batch_leftpad"])
+@pytest.mark.oldest
+@pytest.mark.parametrize(  # every pair of them once
+    "case, use_cache, given_positions",
+    [("single", True, True), ("single", False, False), ("batch_leftpad", True, False), ("batch_leftpad", False, True)],
+)
 def test_greedy_continuations_equal_the_original(model, recorded, case, use_cache, given_positions):
     inputs = named(f"gen.{case}.", recorded[0])
     expected = inputs.pop("output_ids")
@@ -102,6 +106,7 @@ def test_greedy_continuations_equal_the_original(model, recorded, case, use_cach
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_rotary_tables_equal_the_original(goldens, version, dtype):
     path = goldens / "rope" / {"glm4": "glm4_dim64_ratio1"}.get(version, f"{version}_dim64")
@@ -126,6 +131,7 @@ def test_norm_applies_the_weight_in_float32():
 # --- a transformers model
 
 
+@pytest.mark.oldest
 def test_cached_steps_equal_one_pass(model, recorded):
     ids = recorded[0]["plain_single.input_ids"]
     with torch.no_grad():
@@ -144,6 +150,7 @@ def test_left_padding_does_not_change_a_continuation(sdpa, recorded):
     assert torch.equal(sdpa.generate(padded, attention_mask=mask, **options)[:, 5:], alone)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_keeps_loss_and_gradients(fresh, batch, use_reentrant):
     def loss_and_gradients():
@@ -173,6 +180,7 @@ def test_compiled_forward_equals_eager_one(fresh, recorded):
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, fresh(ids).logits)
 
 
+@pytest.mark.oldest
 def test_saved_files_carry_the_published_names_and_values(sdpa, folder, tmp_path):
     sdpa.save_pretrained(tmp_path)
     published, saved = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
@@ -218,6 +226,7 @@ def test_resizing_changes_embedding_and_output_layer(fresh, batch):
     assert fresh(**batch).logits.shape[-1] == size
 
 
+@pytest.mark.oldest
 def test_lora_on_the_default_target_trains_and_reloads(fresh, batch, sdpa, tmp_path):
     adapted = get_peft_model(fresh, LoraConfig(task_type="CAUSAL_LM", r=4))
     targets = {name.split(".lora_")[0].split(".")[-1] for name, _ in adapted.named_parameters() if "lora_" in name}

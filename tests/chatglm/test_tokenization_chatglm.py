@@ -86,6 +86,7 @@ def prompts_of(recorded: dict) -> list[tuple[list[dict], dict]]:
 # --- the original's ids
 
 
+@pytest.mark.oldest
 def test_properties_equal_the_original(tokenizer, recorded):
     for name in ("vocab_size", "padding_side", "pad_token_id", "eos_token_id", "bos_token_id", "model_input_names"):
         assert getattr(tokenizer, name) == recorded[name]
@@ -96,6 +97,7 @@ def test_properties_equal_the_original(tokenizer, recorded):
     assert {token: tokenizer.convert_tokens_to_ids(token) for token in ids} == ids
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("group", ["strings", "strings_with_special_token_text"])
 def test_texts_equal_the_original(tokenizer, recorded, group):
     for golden in recorded[group]:
@@ -108,6 +110,17 @@ def test_texts_equal_the_original(tokenizer, recorded, group):
         assert tokenizer.decode(golden["ids_special"], skip_special_tokens=True) == golden["text"]
 
 
+def test_empty_pair_ends_like_any_pair(tokenizer):
+    ids = [*tokenizer("x")["input_ids"], tokenizer.eos_token_id]
+    assert tokenizer("x", "")["input_ids"] == ids and tokenizer(["x"], [""])["input_ids"] == [ids]
+    assert tokenizer("x", "", return_tensors="pt")["input_ids"].tolist() == [ids]
+    assert (
+        tokenizer("x", "", add_special_tokens=False)["input_ids"]
+        == tokenizer("x", add_special_tokens=False)["input_ids"]
+    )
+
+
+@pytest.mark.oldest
 def test_pairs_and_batches_equal_the_original(tokenizer, recorded):
     for pair in recorded["pairs"]:
         assert tokenizer(pair["a"], pair["b"])["input_ids"] == pair["ids"]
@@ -116,6 +129,7 @@ def test_pairs_and_batches_equal_the_original(tokenizer, recorded):
         assert as_lists(tokenizer(batch["texts"], **batch["kwargs"])) == batch["result"]
 
 
+@pytest.mark.oldest
 def test_chat_prompts_equal_the_original(tokenizer, recorded):
     for messages, expected in prompts_of(recorded):
         encoding = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
@@ -158,6 +172,7 @@ def test_chatglm2_rows_equal_the_training_script(v2, training_rows):
     assert labels == row["labels"][0][: len(ids)]
 
 
+@pytest.mark.oldest
 def test_chatglm3_rows_equal_the_training_script(v3, training_rows):
     golden = training_rows["v3_finetune_hf"][0]
     encoding = v3.apply_chat_template(golden["batch"]["conversations"], return_assistant_tokens_mask=True)
@@ -376,12 +391,14 @@ def test_chatglm2_refuses_what_its_prompt_cannot_say(v2):
 # --- files
 
 
+@pytest.mark.oldest
 def test_saved_folder_is_complete(saved_folder, folder):
     assert (saved_folder / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
     names = {path.name for path in saved_folder.iterdir()}
     assert names == {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"}
 
 
+@pytest.mark.oldest
 def test_added_tokens_survive_saving(v3_folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(v3_folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|extra|>"]})

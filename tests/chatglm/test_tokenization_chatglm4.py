@@ -69,6 +69,7 @@ def ranks(goldens):
 # --- the original's ids
 
 
+@pytest.mark.oldest
 def test_properties_equal_the_original(tokenizer, recorded):
     assert type(tokenizer) is ChatGLM4Tokenizer
     for name in ("vocab_size", "padding_side", "pad_token_id", "eos_token_id", "bos_token_id", "model_input_names"):
@@ -80,6 +81,7 @@ def test_properties_equal_the_original(tokenizer, recorded):
     assert tokenizer.end_of_reply_token_id == 907
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("group", ["strings", "strings_with_special_token_text"])
 def test_texts_equal_the_original(tokenizer, recorded, group):
     for golden in recorded[group]:
@@ -91,6 +93,7 @@ def test_texts_equal_the_original(tokenizer, recorded, group):
         assert tokenizer.decode(golden["ids_special"], skip_special_tokens=True) == golden["decode_ids_special_skip"]
 
 
+@pytest.mark.oldest
 def test_pairs_and_batches_equal_the_original(tokenizer, recorded):
     for pair in recorded["pairs"]:
         assert tokenizer(pair["a"], pair["b"], add_special_tokens=False)["input_ids"] == pair["ids_nospecial"]
@@ -101,6 +104,7 @@ def test_pairs_and_batches_equal_the_original(tokenizer, recorded):
         assert lists == batch["result"]
 
 
+@pytest.mark.oldest
 def test_chat_prompts_equal_the_original(tokenizer, recorded, glm4_folder, tmp_path):
     if recorded["version"] == "glm4-1m":
         other_name = tokenizer.chat_template.replace("名为 ChatGLM 的", "名为 GLM-4 的")
@@ -334,6 +338,7 @@ def test_tokens_listed_in_published_files_change_nothing(glm4_folder, published,
     assert tokenizer("<|user|> x") == published("<|user|> x")
 
 
+@pytest.mark.oldest
 def test_added_tokens_survive_saving(glm4_folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(glm4_folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|extra|>"]})

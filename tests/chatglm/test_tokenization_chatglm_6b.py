@@ -63,6 +63,7 @@ def check_texts(tokenizer, golden: dict):
 # --- the original's ids
 
 
+@pytest.mark.oldest
 def test_properties_equal_the_original(tokenizer, recorded):
     names = ["vocab_size", "padding_side", "model_input_names", "clean_up_tokenization_spaces"]
     names += [f"{name}_token_id" for name in ("pad", "eos", "bos", "mask", "gmask", "end")]
@@ -72,12 +73,24 @@ def test_properties_equal_the_original(tokenizer, recorded):
     assert tokenizer.stop_token_ids == [tokenizer.eos_token_id]
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("group", ["strings", "strings_with_special_token_text"])
 def test_texts_equal_the_original(tokenizer, recorded, group):
     for golden in recorded[group]:
         check_texts(tokenizer, golden)
 
 
+def test_empty_pair_ends_like_any_pair(tokenizer):
+    ids = [*tokenizer("x")["input_ids"], tokenizer.eos_token_id]
+    assert tokenizer("x", "")["input_ids"] == ids and tokenizer(["x"], [""])["input_ids"] == [ids]
+    assert tokenizer("x", "", return_tensors="pt")["input_ids"].tolist() == [ids]
+    assert (
+        tokenizer("x", "", add_special_tokens=False)["input_ids"]
+        == tokenizer("x", add_special_tokens=False)["input_ids"]
+    )
+
+
+@pytest.mark.oldest
 def test_pairs_and_batches_equal_the_original(tokenizer, recorded):
     for pair in recorded["pairs"]:
         assert tokenizer(pair["a"], pair["b"])["input_ids"] == pair["ids"]
@@ -96,6 +109,7 @@ def test_padding_afterwards_equals_padding_at_once(tokenizer, recorded):
     assert dict(padded_twice) == dict(tokenizer(["你好", "a"], padding="max_length", max_length=12))
 
 
+@pytest.mark.oldest
 def test_chat_prompts_equal_the_original(tokenizer, recorded):
     for golden in recorded["chat"]:
         messages = messages_of(golden["history"], golden["query"])
@@ -118,6 +132,7 @@ def test_image_tokens_come_before_the_vocabulary(v1_folder, tmp_path):
         assert tokenizer.decode(golden["decode_with_image_ids"]["ids"]) == golden["decode_with_image_ids"]["text"]
 
 
+@pytest.mark.oldest
 def test_training_rows_equal_the_official_script(tokenizer):
     for golden in recorded_texts("train_format")["v1_ptuning"]:
         examples, column = golden["examples"], golden["history_column"]
@@ -317,6 +332,7 @@ def test_saved_folder_is_complete(saved_folder, v1_folder):
     assert {name: written[name] for name in names} == {name: published[name] for name in names}
 
 
+@pytest.mark.oldest
 def test_added_tokens_survive_saving(v1_folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(v1_folder)
     tokenizer.add_tokens(["<mine>"])

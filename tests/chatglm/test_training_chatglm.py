@@ -61,6 +61,7 @@ def library_loss(model, batch, **options):
     return model.loss_function(logits=logits, labels=batch["labels"], vocab_size=model.config.vocab_size, **options)
 
 
+@pytest.mark.oldest
 def test_loss_and_gradients_are_the_librarys(model, batch):
     model.zero_grad()
     expected = library_loss(model, batch)
@@ -126,6 +127,17 @@ def test_loss_in_chunks_is_the_whole_one(trained, dtype):
         assert causal_lm_loss(states, targets, head).item() == pytest.approx(whole.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_chosen_positions_without_a_target_count_for_nothing(trained):
+    head = torch.nn.Linear(4, 11).requires_grad_(trained)
+    states, targets = torch.randn(1, 10, 4, requires_grad=True), torch.arange(10)[None]
+    targets[0, [0, 4, 9]] = -100
+    learnt = [states, *(weight for weight in head.parameters() if trained)]
+    sought, chosen = (causal_lm_loss(states, targets, head, chosen=chosen) for chosen in (False, True))
+    torch.testing.assert_close(chosen, sought, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(chosen, learnt), torch.autograd.grad(sought, learnt))
+
+
 def test_loss_trains_an_adapter_on_the_output_layer(v3_folder, batch):
     model = ChatGLMForConditionalGeneration.from_pretrained(v3_folder)
     model = get_peft_model(model, LoraConfig(target_modules=["output_layer"], init_lora_weights=False))
@@ -155,6 +167,7 @@ def trainer_losses(model, rows, folder, **arguments) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.oldest
 def test_accumulated_batches_give_the_loss_of_one_large_batch(model, rows, tmp_path):
     large = trainer_losses(copy.deepcopy(model), rows * 2, tmp_path, per_device_train_batch_size=4)
     small = trainer_losses(
@@ -163,6 +176,7 @@ def test_accumulated_batches_give_the_loss_of_one_large_batch(model, rows, tmp_p
     assert small == pytest.approx(large, abs=2e-4)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_flattened_rows_give_the_padded_loss_and_logits(folder, rows, batch, attention):
     model = ChatGLMForConditionalGeneration.from_pretrained(folder, attn_implementation=attention).eval()
@@ -200,6 +214,7 @@ def test_an_attention_function_of_the_users_own_gets_the_flattened_rows(folder, 
         torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("skip_logits", [True, False])
 def test_shifted_labels_say_what_the_kept_positions_predict(folder, rows, batch, skip_logits):
     model = ChatGLMForConditionalGeneration.from_pretrained(folder).train()
