@@ -139,7 +139,7 @@ def longest_row(model, device) -> dict:
         try:
             batch = FlattenedCollator()([{"input_ids": ids, "labels": [-100] * (length - 64) + ids[-64:]}])
             batch = {name: x.to(device) if torch.is_tensor(x) else x for name, x in batch.items()}
-            model(**batch).loss.backward()
+            model(**batch, use_cache=False).loss.backward()
         except torch.OutOfMemoryError:
             break
         fits, seconds, length = length, clock() - began, 2 * length

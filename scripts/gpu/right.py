@@ -93,7 +93,7 @@ def loss_and_gradients(model, batch, device) -> tuple[float, torch.Tensor]:
     """The loss of a batch and the gradients of all trained weights, end to end."""
     model.zero_grad()
     batch = {name: x.to(device) if torch.is_tensor(x) else x for name, x in batch.items()}
-    loss = model(**batch).loss
+    loss = model(**batch, use_cache=False).loss  # as Trainer has it
     loss.backward()
     gradients = [p.grad.flatten().float() for p in model.parameters() if p.requires_grad]
     return loss.item(), torch.cat(gradients)
@@ -141,7 +141,7 @@ def compiled(shape, device):
     model = adapted(random_model(shape, device).float()).train()
     batch = PaddedCollator(0, answers_only=True)(random_rows(4, model.config))
     error = trained_alike(
-        model, batch, compile_regions(copy.deepcopy(model), dynamic=True, backend=backend), batch, device
+        model, batch, compile_regions(copy.deepcopy(model), backend=backend), batch, device
     )
     return {"error": error, "bound": BOUNDS[torch.float32]}
 
