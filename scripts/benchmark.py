@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import peft
 import torch
+from row_lengths import advertisegen_lengths
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -37,10 +38,6 @@ from run_chatglm_lora import ChatArguments  # noqa: E402
 WAYS = ("static", "dynamic", "ours")
 STATIC_LENGTH = 1024 + 128
 WARM_UP = 2  # steps that are not timed
-# Tokens of prompts and answers at these percentiles of the rows
-PERCENTILES = (0, 10, 25, 50, 75, 90, 100)
-PROMPT_TOKENS = (7, 20, 27, 35, 44, 52, 99)
-ANSWER_TOKENS = (36, 53, 62, 72, 83, 96, 154)
 FORMAT_TOKENS = 6  # [gMASK] sop <|user|> \n ... <|assistant|> \n
 SHAPES = {
     "tiny": {"num_layers": 8, "hidden_size": 256, "ffn_hidden_size": 684, "num_attention_heads": 8, "kv_channels": 32},
@@ -56,9 +53,7 @@ def random_rows(count, vocabulary, seed=0) -> list[dict]:
     random = np.random.default_rng(seed)
     rows = []
     for _ in range(count):
-        prompt, answer = (
-            round(np.interp(random.uniform(0, 100), PERCENTILES, tokens)) for tokens in (PROMPT_TOKENS, ANSWER_TOKENS)
-        )
+        prompt, answer = advertisegen_lengths(random)
         ids = random.integers(100, vocabulary - 1000, prompt + FORMAT_TOKENS + answer).tolist()
         rows.append({"input_ids": ids, "labels": [-100] * (len(ids) - answer) + ids[-answer:]})
     return rows
