@@ -225,7 +225,8 @@ def run_of(tool: Tool, work: Path, data: Path, steps: int, limit: float) -> list
     timer.cancel()
     (work / f"{tool.name}, {tool.setting}.log").write_text(shlex.join(command) + "\n" + "".join(output))
     if len(logged) < min(steps, WARM_UP + 2):
-        raise ToolFailed(last_line("".join(output)))
+        ended = f"ended after {limit:g} s: " if time.perf_counter() - began > limit else ""
+        raise ToolFailed(ended + last_line("".join(output)))
     return logged
 
 
@@ -264,15 +265,15 @@ def encoding_speed(tool: Tool, work: Path, folders: dict[int, Path], limit: floa
 
 def table(results: dict[Tool, list[dict[str, float]]], failures: dict[Tool, str]) -> str:
     """Markdown: of each tool the medians of its rounds with their range, and how much faster the first one is."""
-    names = list(next(iter(results.values()))[0])
+    names = list(next(iter(results.values()), [{}])[0])
     rates = {tool: median(run[names[0]] for run in runs) for tool, runs in results.items()}
-    first, fastest = next(iter(rates.items()))
+    first = next(iter(results), TOOLS[0])
     lines = [["tool", "setting", *(name.replace("_", " ") for name in names), f"{first.name} is faster"]]
+    lines.append(["---"] * len(lines[0]))
     for tool, runs in results.items():
         cells = [spread([run[name] for run in runs]) for name in names]
-        lines.append([tool.name, tool.setting, *cells, f"{fastest / rates[tool]:.2f} x"])
-    lines.insert(1, ["---"] * len(lines[0]))
-    reasons = [f"{tool.name}, {tool.setting}: no result. Its last line: `{line}`" for tool, line in failures.items()]
+        lines.append([tool.name, tool.setting, *cells, f"{rates[first] / rates[tool]:.2f} x"])
+    reasons = [f"{tool.name}, {tool.setting}: no result. `{line}`" for tool, line in failures.items()]
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), *(f"\n{reason}" for reason in reasons)])
 
 
@@ -295,7 +296,7 @@ def main():
     parser.add_argument("--only", default=",".join(ENVIRONMENTS), help=f"some of {','.join(ENVIRONMENTS)}")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each tool (default 3)")
     parser.add_argument("--steps", type=int, default=30, help=f"of a run, the first {WARM_UP} untimed (default 30)")
-    parser.add_argument("--limit", type=float, default=150, help="seconds after which a run is ended (default 150)")
+    parser.add_argument("--limit", type=float, default=300, help="seconds after which a run is ended (default 300)")
     parser.add_argument("--encoding", action="store_true", help="measure the rows a second that are encoded instead")
     parser.add_argument("--rows", type=int, default=114_000, help="rows for --encoding (default 114,000)")
     arguments = parser.parse_args()

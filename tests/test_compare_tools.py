@@ -50,8 +50,9 @@ def test_table_compares_medians_with_the_first_tool_and_names_what_failed():
         "| ours | as it comes | 30 (20 to 90) | 1.00 x |",
         f"| {padded.name} | {padded.setting} | 12 | 2.50 x |",
         "",
-        f"{packed.name}, {packed.setting}: no result. Its last line: `OSError: no space`",
+        f"{packed.name}, {packed.setting}: no result. `OSError: no space`",
     ]
+    assert table({}, {packed: "OSError: no space"}).splitlines()[-1].endswith("no result. `OSError: no space`")
 
 
 def test_reason_of_a_failure_is_the_last_line_with_words():
