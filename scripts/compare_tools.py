@@ -182,6 +182,8 @@ def environment_python(work: Path, name: str) -> Path:
             [sys.executable, "-m", "venv", folder],
             [*pip, "torch==2.13.0"],  # first, and held: a plain torch brings gigabytes of CUDA
             [*pip, "torch==2.13.0", *ENVIRONMENTS[name]],
+            # Text needs none, and the one that tools bring does not load beside a CPU build of torch.
+            [python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"],
         ):
             subprocess.run(command, check=True, capture_output=True, text=True)
         (folder / "installed").touch()
