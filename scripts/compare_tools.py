@@ -182,10 +182,11 @@ def environment_python(work: Path, name: str) -> Path:
             [sys.executable, "-m", "venv", folder],
             [*pip, "torch==2.13.0"],  # first, and held: a plain torch brings gigabytes of CUDA
             [*pip, "torch==2.13.0", *ENVIRONMENTS[name]],
-            # Text needs none, and the one that tools bring does not load beside a CPU build of torch.
-            [python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"],
+            # Text needs neither, and those that tools bring do not load beside a CPU build of torch.
+            [python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"],
         ):
             subprocess.run(command, check=True, capture_output=True, text=True)
+        next(folder.glob("lib/*/site-packages")).joinpath("torchaudio.py").touch()  # LLaMA-Factory imports one
         (folder / "installed").touch()
     return python
 
