@@ -76,8 +76,9 @@ ENVIRONMENTS = {  # what each has beside torch; ours is the one that runs this
     "trainer": ["transformers", "peft", "datasets", "accelerate"],
 }
 COMMON = (
-    "--output_dir {run}/out --max_steps {steps} --per_device_train_batch_size 8 --learning_rate 1e-3 --seed 0 "
-    "--lr_scheduler_type constant --logging_steps 1 --save_strategy no --report_to none --disable_tqdm true"
+    "--output_dir {run}/out --max_steps {steps} --per_device_train_batch_size 8 --gradient_accumulation_steps 1 "
+    "--learning_rate 1e-3 --lr_scheduler_type constant --seed 0 --logging_steps 1 --save_strategy no --report_to none "
+    "--disable_tqdm true"
 )
 LLAMAFACTORY = (
     "--stage sft --do_train true --model_name_or_path {native} --dataset rows --dataset_dir {data} "
