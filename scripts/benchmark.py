@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import peft
 import torch
+from row_lengths import advertisegen_lengths
 from torch.nn.functional import cross_entropy
 from transformers import BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -44,10 +45,6 @@ from run_chatglm_lora import ChatArguments  # noqa: E402
 WAYS = ("static", "dynamic", "ours", "packed")
 STATIC_LENGTH = 1024 + 128
 WARM_UP = 2  # steps that are not timed
-# Tokens of prompts and answers at these percentiles of the rows
-PERCENTILES = (0, 10, 25, 50, 75, 90, 100)
-PROMPT_TOKENS = (7, 20, 27, 35, 44, 52, 99)
-ANSWER_TOKENS = (36, 53, 62, 72, 83, 96, 154)
 FORMAT_TOKENS = 6  # [gMASK] sop <|user|> \n ... <|assistant|> \n
 
 
@@ -92,13 +89,10 @@ def random_rows(count, config, seed=0) -> list[dict]:
     ending = [config.gmask_token_id, config.bos_token_id] if isinstance(config, ChatGLM6BConfig) else []
     rows = []
     for _ in range(count):
-        prompt, answer = (
-            round(np.interp(random.uniform(0, 100), PERCENTILES, tokens)) for tokens in (PROMPT_TOKENS, ANSWER_TOKENS)
-        )
-        ids = random.integers(
-            100, config.get_text_config().vocab_size - 1000, prompt + FORMAT_TOKENS + answer
-        ).tolist()
-        ids[len(ids) - answer - len(ending) : len(ids) - answer] = ending
+        prompt, answer = advertisegen_lengths(random)
+        length, vocabulary = prompt + FORMAT_TOKENS + answer, config.get_text_config().vocab_size
+        ids = random.integers(100, vocabulary - 1000, length).tolist()
+        ids[length - answer - len(ending) : length - answer] = ending
         rows.append({"input_ids": ids, "labels": [-100] * (len(ids) - answer) + ids[-answer:]})
     return rows
 

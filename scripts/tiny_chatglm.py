@@ -1,6 +1,7 @@
 """Write a tiny random ChatGLM checkpoint in the published file layout, for tests and trial runs without a download.
 
     python scripts/tiny_chatglm.py DIR [--text FILE ...] [--generation chatglm2] [--hidden_size 64] [--num_layers 2]
+                                      [--vocab_size 600] [--embedding_rows 65024]
 
 The same arguments give the same files. The vocabulary is learnt from the strings in the text files (.json, .jsonl,
 anything else line by line), or from a few built-in sentences.
@@ -77,6 +78,7 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--hidden_size", type=int, default=64, help="a multiple of 16 (4 heads, half of each rotated)")
     parser.add_argument("--num_layers", type=int, default=2)
     parser.add_argument("--vocab_size", type=int, default=600, help=f"pieces at most; more than {SETTLED_IDS}")
+    parser.add_argument("--embedding_rows", type=int, default=0, help="at least; default as many as there are tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     arguments = parser.parse_args()
     if arguments.hidden_size % 16 or arguments.hidden_size <= 0:
@@ -180,7 +182,7 @@ def first_generation_config(arguments: argparse.Namespace, tokenizer: PreTrained
         "position_encoding_2d": True,
         "torch_dtype": "float32",
         "use_cache": True,
-        "vocab_size": rows_for(tokenizer),
+        "vocab_size": rows_for(tokenizer, arguments.embedding_rows),
     }
 
 
@@ -197,9 +199,9 @@ def trained_ranks(lines: list[str], vocab_size: int) -> bytes:
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
 
 
-def rows_for(tokenizer: PreTrainedTokenizerBase) -> int:
+def rows_for(tokenizer: PreTrainedTokenizerBase, least: int) -> int:
     """Rows of the embedding: a multiple of 64, as released models have more of them than tokens."""
-    return -(-len(tokenizer) // 64) * 64
+    return -(-max(len(tokenizer), least) // 64) * 64
 
 
 def published_config(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -226,7 +228,7 @@ def published_config(arguments: argparse.Namespace, tokenizer: PreTrainedTokeniz
         "num_attention_heads": 4,
         "num_layers": arguments.num_layers,
         "original_rope": True,
-        "padded_vocab_size": rows_for(tokenizer),
+        "padded_vocab_size": rows_for(tokenizer, arguments.embedding_rows),
         "post_layer_norm": True,
         "rmsnorm": True,
         "use_cache": True,
