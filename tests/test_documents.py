@@ -33,7 +33,7 @@ def page(path):
 def code(text):
     """The fenced blocks of a document and what its inline code holds; blocks without their comments."""
     blocks = [re.sub(r"[ \t]+(#|//) .*", "", body) for kind, body in FENCED.findall(text) if kind != "mermaid"]
-    return blocks, set(re.findall(r"`([^`\n]+)`", FENCED.sub("", text)))
+    return blocks, {" ".join(span.split()) for span in re.findall(r"`([^`]+)`", FENCED.sub("", text))}
 
 
 def commands(path):
