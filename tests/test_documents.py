@@ -8,6 +8,7 @@ import sys
 import pytest
 from tiny import ROOT, losses
 from trained import script
+from transformers import training_args
 
 import run_chatglm_lora
 from finetuning import flag_names
@@ -24,7 +25,7 @@ ELSEWHERE = re.compile(r"\.\.\.|[*<]")  # what is left out, and patterns
 # Files of the reader's own that the commands name; a recipe names its own.
 READERS = set(
     "arguments.yaml chats.jsonl held_out.jsonl questions.jsonl huanhuan.json tools.json answer.txt both.png "
-    "advertisegen_dev.jsonl run_clm.py run_clm_lora.py OLD/run_clm.py".split()
+    "advertisegen_dev.jsonl train.json dev.json run_clm.py run_clm_lora.py OLD/run_clm.py".split()
 )
 
 
@@ -106,6 +107,19 @@ def test_chinese_document_has_the_headings_code_and_links_of_the_english_one(eng
 def test_links_of_a_document_lead_to_files(document):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", FENCED.sub("", page(document))):
         assert "://" in target or (document.parent / target).exists(), target
+
+
+def test_flags_of_other_programs_lead_to_those_that_the_program_names():
+    known = {*flag_names.declared_flags(ROOT / "run_chatglm_lora.py"), *flag_names.declared_flags(training_args.__file__)}
+    rows = re.findall(r"^\| (`[^|]+) \| ([^|]+) \|$", page(ROOT / "docs/migrating.md"), re.M)
+    assert len(rows) > 60
+    for there, here in rows:
+        assert set(re.findall(r"--(\w+)", here)) <= known | {"web", "no_use_lora"}
+        for name in re.findall(r"`(?:--)?(\w+)", there):
+            if answer := flag_names.OTHER_NAMES.get(name):
+                named = re.findall(r"--(\w+)", here)
+                assert all(flag in answer for flag in named) or name == "finetuning_type", (there, here)
+            assert name in known or here.strip() != "the same" or not name.startswith("--"), there
 
 
 RECIPES = re.split(r"^(?=## )", page(ROOT / "docs/recipes.md"), flags=re.M)[2:]
