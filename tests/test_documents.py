@@ -60,7 +60,9 @@ class Parsed(Exception):
     """The words were taken."""
 
 
-@pytest.mark.parametrize("document, name, words", COMMANDS, ids=lambda value: value if isinstance(value, str) else " ".join(value)[:60])
+@pytest.mark.parametrize(
+    "document, name, words", COMMANDS, ids=lambda value: value if isinstance(value, str) else " ".join(value)[:60]
+)
 def test_command_in_a_document_is_taken(document, name, words, monkeypatch):
     assert (ROOT / name).exists()
     recipe_files = re.findall(r"`(\w+\.\w+)`", page(ROOT / "docs/recipes.md")) if document == "recipes.md" else []
@@ -113,7 +115,10 @@ def test_links_of_a_document_lead_to_files(document):
 
 
 def test_flags_of_other_programs_lead_to_those_that_the_program_names():
-    known = {*flag_names.declared_flags(ROOT / "run_chatglm_lora.py"), *flag_names.declared_flags(training_args.__file__)}
+    known = {
+        *flag_names.declared_flags(ROOT / "run_chatglm_lora.py"),
+        *flag_names.declared_flags(training_args.__file__),
+    }
     rows = re.findall(r"^\| (`[^|]+) \| ([^|]+) \|$", page(ROOT / "docs/migrating.md"), re.M)
     assert len(rows) > 60
     for there, here in rows:
@@ -139,9 +144,22 @@ def written_rows(recipe, folder):
 def test_recipe_runs_on_a_tiny_model(recipe, chatglm3, tmp_path, monkeypatch):
     written_rows(recipe, tmp_path)
     monkeypatch.chdir(tmp_path)
-    text = re.sub(r" *\\\n *", " ", recipe).replace(" --dtype bfloat16 --bf16", "").replace("THUDM/chatglm3-6b", chatglm3)
+    text = (
+        re.sub(r" *\\\n *", " ", recipe).replace(" --dtype bfloat16 --bf16", "").replace("THUDM/chatglm3-6b", chatglm3)
+    )
     line = next(line for line in text.splitlines() if line.startswith("python run_chatglm_lora.py"))
-    words = [*shlex.split(line)[1:], "--max_steps", "2", "--warmup_steps", "0", "--use_cpu", "--report_to", "none", "--logging_steps", "1"]
+    words = [
+        *shlex.split(line)[1:],
+        "--max_steps",
+        "2",
+        "--warmup_steps",
+        "0",
+        "--use_cpu",
+        "--report_to",
+        "none",
+        "--logging_steps",
+        "1",
+    ]
     words += ["--eval_steps", "1"] if "--eval_steps" in words else []
     monkeypatch.setattr(sys, "argv", words)
     run_chatglm_lora.main()
