@@ -23,29 +23,23 @@ LAUNCHED = re.compile(
 ELSEWHERE = re.compile(r"\.\.\.|[*<]")  # what is left out, and patterns
 
 # Files of the reader's own that the commands name; a recipe names its own.
-READERS = set(
-    "arguments.yaml chats.jsonl held_out.jsonl questions.jsonl huanhuan.json tools.json answer.txt both.png "
-    "advertisegen_dev.jsonl train.json dev.json run_clm.py run_clm_lora.py OLD/run_clm.py".split()
-)
+READERS = """arguments.yaml chats.jsonl held_out.jsonl questions.jsonl huanhuan.json tools.json train.json dev.json
+answer.txt both.png advertisegen_dev.jsonl run_clm.py run_clm_lora.py OLD/run_clm.py"""
 
 
 def page(path):
     return path.read_text(encoding="utf-8")
 
 
-def code(text):
-    """The fenced blocks of a document and what its inline code holds; blocks without their comments."""
-    blocks = [re.sub(r"[ \t]+(#|//) .*", "", body) for kind, body in FENCED.findall(text) if kind != "mermaid"]
-    return blocks, {" ".join(span.split()) for span in re.findall(r"`([^`]+)`", FENCED.sub("", text))}
+def prose(path):
+    return FENCED.sub("", page(path))
 
 
 def commands(path):
     """The command lines of a document that start something of ours: name of the program and words after it."""
-    text = re.sub(r" *\\\n *", " ", page(path))
-    prose = FENCED.sub("", text)
-    lines = [line for kind, body in FENCED.findall(text) if kind in ("", "bash") for line in body.splitlines()]
-    lines += re.findall(r"^    (\w.*)", prose, re.M)
-    named = re.findall(r"`([^`\n]+)`", prose)
+    blocks = [body for kind, body in FENCED.findall(page(path)) if kind in ("", "bash")]
+    lines = re.sub(r" *\\\n *", " ", "".join(blocks)).splitlines() + re.findall(r"^    (\w.*)", prose(path), re.M)
+    named = re.findall(r"`([^`\n]+)`", prose(path))
     for line in [*lines, *named]:
         if found := LAUNCHED.fullmatch(re.split(r"[;|>] | # ", line)[0].strip()):
             name, words = found.groups()
@@ -60,25 +54,29 @@ class Parsed(Exception):
     """The words were taken."""
 
 
-@pytest.mark.parametrize(
-    "document, name, words", COMMANDS, ids=lambda value: value if isinstance(value, str) else " ".join(value)[:60]
-)
+def as_id(value):
+    return value if isinstance(value, str) else " ".join(value)[:60]
+
+
+@pytest.mark.parametrize("document, name, words", COMMANDS, ids=as_id)
 def test_command_in_a_document_is_taken(document, name, words, monkeypatch):
     assert (ROOT / name).exists()
-    recipe_files = re.findall(r"`(\w+\.\w+)`", page(ROOT / "docs/recipes.md")) if document == "recipes.md" else []
+    readers = READERS.split() + (
+        re.findall(r"`(\w+\.\w+)`", prose(ROOT / "docs" / document)) if document == "recipes.md" else []
+    )
     for word in words:
-        named = re.fullmatch(r"[\w/]+\.(jsonl?|yaml|txt|png|py)", word)
-        assert not named or word in READERS or word in recipe_files or (ROOT / word).exists(), word
+        if re.fullmatch(r"[\w/]+\.(jsonl?|yaml|txt|png|py)", word):
+            assert word in readers or (ROOT / word).exists()
     if name.endswith(".sh"):
-        further = [*words[next((n for n, word in enumerate(words) if word.startswith("--")), len(words)) :]]
+        further = list(words[next((n for n, word in enumerate(words) if word.startswith("--")), len(words)) :])
         if "launch.sh" in page(ROOT / name):
             flag_names.check_words(further, ROOT / "run_chatglm_lora.py")
         else:
             assert all(word in page(ROOT / name) for word in further)
     elif name == "run_chatglm_lora.py" and words and words != ("arguments.yaml",):
         flag_names.check_words(list(words), ROOT / name)
-        alone = [] if "--output_dir" in words else ["--output_dir", "out"]
-        monkeypatch.setattr(sys, "argv", [name, *words, *alone, "--use_cpu", "--report_to", "none"])
+        folder = [] if "--output_dir" in words else ["--output_dir", "out"]
+        monkeypatch.setattr(sys, "argv", [name, *words, *folder, "--use_cpu", "--report_to", "none"])
         run_chatglm_lora.parsed_arguments()
     elif name.startswith("scripts/") and words:
         parse = argparse.ArgumentParser.parse_args
@@ -94,47 +92,59 @@ def test_command_in_a_document_is_taken(document, name, words, monkeypatch):
 
 
 def test_commands_are_found():
-    assert len(COMMANDS) > 30 and {"README.md", "recipes.md", "after_training.md"} < {c[0] for c in COMMANDS}
+    assert len(COMMANDS) > 30 and {"README.md", "recipes.md", "after_training.md"} < {
+        document for document, *_ in COMMANDS
+    }
+
+
+def shape(path):
+    """Of a document: fenced blocks without comments and pictures, inline code, levels of headings, rows of tables."""
+    blocks = [re.sub(r"[ \t]+(#|//) .*", "", body) for kind, body in FENCED.findall(page(path)) if kind != "mermaid"]
+    spans = {" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(path))}
+    return blocks, spans, re.findall(r"^#+(?= )", prose(path), re.M), len(re.findall(r"^\|", prose(path), re.M))
 
 
 @pytest.mark.parametrize("english, chinese", PAIRS.items(), ids=lambda path: path.name)
-def test_chinese_document_has_the_headings_code_and_links_of_the_english_one(english, chinese):
-    first, second = page(english), page(chinese)
-    assert code(first)[0] == code(second)[0]
-    assert code(first)[1] == code(second)[1]
-    headings, heads = (re.findall(r"^#+(?= )", FENCED.sub("", text), re.M) for text in (first, second))
-    assert headings == heads
-    rows, lines = (len(re.findall(r"^\|", FENCED.sub("", text), re.M)) for text in (first, second))
-    assert rows == lines
+def test_chinese_document_has_the_code_headings_and_table_rows_of_the_english_one(english, chinese):
+    for ours, theirs in zip(shape(chinese), shape(english), strict=True):
+        assert ours == theirs
 
 
 @pytest.mark.parametrize("document", [*PAIRS, *PAIRS.values()], ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_of_a_document_lead_to_files(document):
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", FENCED.sub("", page(document))):
-        assert "://" in target or (document.parent / target).exists(), target
+def test_links_of_a_document_lead_to_files_and_headings(document):
+    for target, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", prose(document)):
+        if "://" not in target:
+            path = document.parent / target if target else document
+            assert path.exists(), target
+            assert not heading or heading in anchors(path), heading
+
+
+def anchors(path):
+    """The names that GitHub gives to the headings of a document."""
+    headings = re.findall(r"^#+ (.*)", prose(path), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_flags_of_other_programs_lead_to_those_that_the_program_names():
-    known = {
-        *flag_names.declared_flags(ROOT / "run_chatglm_lora.py"),
-        *flag_names.declared_flags(training_args.__file__),
-    }
+    sources = (ROOT / "run_chatglm_lora.py", training_args.__file__)
+    known = {name for source in sources for name in flag_names.declared_flags(source)}
     rows = re.findall(r"^\| (`[^|]+) \| ([^|]+) \|$", page(ROOT / "docs/migrating.md"), re.M)
     assert len(rows) > 60
     for there, here in rows:
         flags, names = re.findall(r"--(\w+)", here), re.findall(r"`(?:--)?(\w+)", there)
-        assert set(flags) <= known | {"no_use_lora", "web"}
+        assert set(flags) <= known | {"web"}
         assert here.split(";")[0] != "the same" or known.issuperset(names), there
         for answer in (flag_names.OTHER_NAMES[name] for name in names if name in flag_names.OTHER_NAMES):
             assert all(f"--{flag}" in answer for flag in flags), (there, here, answer)
 
 
 RECIPES = re.split(r"^(?=## )", page(ROOT / "docs/recipes.md"), flags=re.M)[2:]
+SHORT = "--max_steps 2 --warmup_steps 0 --logging_steps 1 --use_cpu --report_to none".split()
 
 
-def written_rows(recipe, folder):
-    """Files of a recipe, each with the rows that it shows, repeated so that there is something to train and split."""
-    before, _, body = re.search(r"(.*?)^```(json|text)\n(.*?)^```$", recipe, re.M | re.S).groups()
+def write_rows(recipe, folder):
+    """The files that a recipe names, each with the rows that it shows, several times."""
+    before, body = re.search(r"(.*?)^```(?:json|text)\n(.*?)^```$", recipe, re.M | re.S).groups()
     for name in re.findall(r"`(\w+\.(?:jsonl|txt))`", before):
         (folder / name).write_text(body * (40 if name.endswith("txt") else 4), encoding="utf-8")
 
@@ -142,27 +152,16 @@ def written_rows(recipe, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda text: text.splitlines()[0].lstrip("# "))
 def test_recipe_runs_on_a_tiny_model(recipe, chatglm3, tmp_path, monkeypatch):
-    written_rows(recipe, tmp_path)
+    write_rows(recipe, tmp_path)
     monkeypatch.chdir(tmp_path)
-    text = (
-        re.sub(r" *\\\n *", " ", recipe).replace(" --dtype bfloat16 --bf16", "").replace("THUDM/chatglm3-6b", chatglm3)
-    )
-    line = next(line for line in text.splitlines() if line.startswith("python run_chatglm_lora.py"))
-    words = [
-        *shlex.split(line)[1:],
-        "--max_steps",
-        "2",
-        "--warmup_steps",
-        "0",
-        "--use_cpu",
-        "--report_to",
-        "none",
-        "--logging_steps",
-        "1",
-    ]
-    words += ["--eval_steps", "1"] if "--eval_steps" in words else []
-    monkeypatch.setattr(sys, "argv", words)
-    run_chatglm_lora.main()
-    out = tmp_path / words[words.index("--output_dir") + 1]
-    assert (out / "adapter_model.safetensors").exists() and (out / "eval_results.json").exists()
-    assert losses(out)[-1] > 0
+    block = next(body for kind, body in FENCED.findall(recipe) if kind == "bash").replace("\\\n", "")
+    block = block.replace(" --dtype bfloat16 --bf16", "").replace("THUDM/chatglm3-6b", chatglm3)
+    for _, name, *words in map(shlex.split, block.splitlines()):
+        program, short = (run_chatglm_lora, SHORT) if name == "run_chatglm_lora.py" else (script("chat"), [])
+        often = ["--eval_steps", "1"] if "--eval_steps" in words else []
+        monkeypatch.setattr(sys, "argv", [name, *words, *short, *often])
+        program.main()
+        if "--do_train" in words:
+            out = tmp_path / words[words.index("--output_dir") + 1]
+            assert (out / "adapter_model.safetensors").exists() and (out / "eval_results.json").exists()
+            assert len(losses(out)) == 2
