@@ -139,7 +139,7 @@ def test_flags_of_other_programs_lead_to_those_that_the_program_names():
 
 
 RECIPES = re.split(r"^(?=## )", page(ROOT / "docs/recipes.md"), flags=re.M)[2:]
-SHORT = "--max_steps 2 --warmup_steps 0 --logging_steps 1 --use_cpu --report_to none".split()
+SHORT = ["--max_steps", "2", "--warmup_steps", "0", "--logging_steps", "1", "--use_cpu", "--report_to", "none"]
 
 
 def write_rows(recipe, folder):
