@@ -72,7 +72,7 @@ def test_command_in_a_document_is_taken(document, name, words, monkeypatch):
         if "launch.sh" in page(ROOT / name):
             flag_names.check_words(further, ROOT / "run_chatglm_lora.py")
         else:
-            assert all(word in page(ROOT / name) for word in further)
+            assert all(word in page(ROOT / name) for word in further if word.startswith("--"))
     elif name == "run_chatglm_lora.py" and words and words != ("arguments.yaml",):
         flag_names.check_words(list(words), ROOT / name)
         folder = [] if "--output_dir" in words else ["--output_dir", "out"]
