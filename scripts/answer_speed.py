@@ -18,7 +18,7 @@ import sys
 import time
 
 import torch
-from benchmark import SHAPES, adapted_model, random_rows
+from benchmark import SHAPES, adapted, random_model, random_rows
 from transformers import ContinuousBatchingConfig, GenerationConfig, set_seed
 
 from finetuning.prediction import generated_ids
@@ -75,9 +75,9 @@ def main():
     parser.add_argument("--shape", choices=SHAPES, default="tiny", help="of the random model (default tiny)")
     parser.add_argument("--ways", nargs="+", default=["unsorted", "sorted", "static", "continuous"])
     options = parser.parse_args()
-    model = adapted_model(options.shape, "cuda" if torch.cuda.is_available() else "cpu").eval()
-    vocabulary = model.config.padded_vocab_size
-    prompts = prompts_of(random_rows(options.rows, vocabulary))
+    model = adapted(random_model(options.shape, "cuda" if torch.cuda.is_available() else "cpu")).eval()
+    vocabulary = model.config.vocab_size
+    prompts = prompts_of(random_rows(options.rows, model.config))
     set_seed(0)
     ends = torch.randperm(vocabulary)[: int(END_SHARE * vocabulary)].tolist()
     search = {"max_new_tokens": options.tokens, "do_sample": False, "eos_token_id": ends}

@@ -140,9 +140,7 @@ def compiled(shape, device):
     backend = "inductor" if device == "cuda" else "aot_eager"
     model = adapted(random_model(shape, device).float()).train()
     batch = PaddedCollator(0, answers_only=True)(random_rows(4, model.config))
-    error = trained_alike(
-        model, batch, compile_regions(copy.deepcopy(model), backend=backend), batch, device
-    )
+    error = trained_alike(model, batch, compile_regions(copy.deepcopy(model), backend=backend), batch, device)
     return {"error": error, "bound": BOUNDS[torch.float32]}
 
 
