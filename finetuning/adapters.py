@@ -74,6 +74,13 @@ def adapter_folder(name: str) -> Path | None:
     return local_folder(name) if found else None
 
 
+def adapter_names(names: str | None) -> list[str]:
+    """The adapters that --adapter_name_or_path names: none, one, or several with commas."""
+    if not names or Path(names).is_dir():
+        return [names] if names else []
+    return names.split(",")
+
+
 def is_folder_that_is_gone(name: str) -> bool:
     """Whether a name can only be that of a folder, and there is none."""
     return not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1)
@@ -98,7 +105,8 @@ def base_of(adapter: Path, override: str | None) -> tuple[str, str]:
 
 
 def own_tokenizer(adapter: str | None) -> str | None:
-    """The folder of an adapter, or of a saved prefix, that has a tokenizer of its own; None without one."""
+    """The folder of an adapter (the first of several), or of a saved prefix, with a tokenizer of its own; else None."""
+    adapter = next(iter(adapter_names(adapter)), None)
     folder = adapter and (adapter_folder(adapter) or Path(adapter))
     if not folder or not (folder / "tokenizer_config.json").is_file():
         return None
@@ -249,3 +257,48 @@ def opened_adapter(model, adapter: str, is_trainable: bool) -> peft.PeftModel:
             f"The adapter {adapter} does not fit {model.name_or_path}: {name} is {saved} in the adapter "
             f"and {wanted} here. Most likely {reason}."
         ) from error
+
+
+# ------------------------------------------------------------------------------------------------- several adapters
+
+SUMMABLE_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others change the base, and once each
+
+
+def opened_adapters(model, lora_args, is_trainable: bool) -> peft.PeftModel:
+    """The model inside the adapter of --adapter_name_or_path, or inside the weighted sum of several."""
+    first, *others = adapter_names(lora_args.adapter_name_or_path)
+    opened = opened_adapter(model, first, is_trainable)
+    weights = [float(weight) for weight in (lora_args.adapter_weights or "1").split(",")]
+    return summed(opened, [first, *others], weights) if others else opened
+
+
+def summed(opened: peft.PeftModel, adapters: list[str], weights: list[float]) -> peft.PeftModel:
+    """The model, opened with the first of some LoRA adapters, with their weighted sum in its place.
+
+    The sum is exact: PEFT stacks the matrices ("cat"), so that its rank is that of all together. Raises ValueError for
+    an adapter that has more than two matrices a layer.
+    """
+    names = [opened.active_adapter, *(f"adapter_{number}" for number in range(2, len(adapters) + 1))]
+    for adapter, name in zip(adapters[1:], names[1:], strict=True):
+        check_base(adapter, opened.get_base_model())
+        opened.load_adapter(adapter, name)
+    for adapter, name in zip(adapters, names, strict=True):
+        check_summable(adapter, opened.peft_config[name])
+    opened.add_weighted_adapter(names, weights, "sum", combination_type="cat")
+    opened.set_adapter("sum")
+    for name in names:
+        opened.delete_adapter(name)
+    parts = " + ".join(f"{weight:g} x {adapter}" for weight, adapter in zip(weights, adapters, strict=True))
+    logger.info(f"Adapter: {parts}, rank {opened.active_peft_config.r}")
+    return opened
+
+
+def check_summable(adapter: str, config: peft.PeftConfig):
+    """Raise a ValueError unless an adapter is a product of two matrices a layer, scaled by alpha / r, and no more."""
+    if not isinstance(config, peft.LoraConfig):
+        raise ValueError(f"--adapter_weights adds up LoRA adapters; {adapter} is {config.peft_type.value}.")
+    more = ["use_dora", "use_rslora", "modules_to_save", "target_parameters", "trainable_token_indices", "lora_bias"]
+    found = [name for name in more if getattr(config, name)] + (["bias"] if config.bias != "none" else [])
+    found += [] if config.init_lora_weights in SUMMABLE_STARTS else ["init_lora_weights"]
+    if found:
+        raise ValueError(f"--adapter_weights: {adapter} was trained with {found[0]}, which PEFT does not add up.")
