@@ -105,7 +105,7 @@ def base_of(adapter: Path, override: str | None) -> tuple[str, str]:
 
 
 def own_tokenizer(adapter: str | None) -> str | None:
-    """The folder of an adapter (the first of several), or of a saved prefix, with a tokenizer of its own; else None."""
+    """The folder of an adapter (the first of several), or of a saved prefix, that has a tokenizer; None without."""
     adapter = next(iter(adapter_names(adapter)), None)
     folder = adapter and (adapter_folder(adapter) or Path(adapter))
     if not folder or not (folder / "tokenizer_config.json").is_file():
@@ -240,21 +240,21 @@ def check_base(adapter: str, model):
         logger.warning(f"{adapter} was trained on {before}; whether {model.name_or_path} is the same cannot be told.")
 
 
-def opened_adapter(model, adapter: str, is_trainable: bool) -> peft.PeftModel:
+def opened_adapter(model, adapter: str, is_trainable: bool, name: str = "default") -> peft.PeftModel:
     """The model inside the adapter with a path or hub name; ValueError if they do not belong together."""
     check_base(adapter, model)
     try:
-        return peft.PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
+        return peft.PeftModel.from_pretrained(model, adapter, name, is_trainable=is_trainable)
     except RuntimeError as error:
         sizes = re.search(r"size mismatch for (\S+): .*?Size\((.*?)\).*?Size\((.*?)\)", str(error), re.DOTALL)
         if sizes is None:
             raise
-        name, saved, wanted = sizes.groups()
+        tensor, saved, wanted = sizes.groups()
         reason = "its base is another"
-        if re.search(r"embed|lm_head|output_layer", name):
+        if re.search(r"embed|lm_head|output_layer", tensor):
             reason = "its tokenizer has another number of tokens: pass it with --tokenizer_name"
         raise ValueError(
-            f"The adapter {adapter} does not fit {model.name_or_path}: {name} is {saved} in the adapter "
+            f"The adapter {adapter} does not fit {model.name_or_path}: {tensor} is {saved} in the adapter "
             f"and {wanted} here. Most likely {reason}."
         ) from error
 
@@ -266,30 +266,31 @@ SUMMABLE_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others chang
 
 def opened_adapters(model, lora_args, is_trainable: bool) -> peft.PeftModel:
     """The model inside the adapter of --adapter_name_or_path, or inside the weighted sum of several."""
-    first, *others = adapter_names(lora_args.adapter_name_or_path)
-    opened = opened_adapter(model, first, is_trainable)
-    weights = [float(weight) for weight in (lora_args.adapter_weights or "1").split(",")]
-    return summed(opened, [first, *others], weights) if others else opened
+    names = adapter_names(lora_args.adapter_name_or_path)
+    if len(names) == 1:
+        return opened_adapter(model, *names, is_trainable)
+    return weighted_sum(model, names, [float(weight) for weight in lora_args.adapter_weights.split(",")])
 
 
-def summed(opened: peft.PeftModel, adapters: list[str], weights: list[float]) -> peft.PeftModel:
-    """The model, opened with the first of some LoRA adapters, with their weighted sum in its place.
+def weighted_sum(model, adapters: list[str], weights: list[float]) -> peft.PeftModel:
+    """The model inside the weighted sum of LoRA adapters.
 
     The sum is exact: PEFT stacks the matrices ("cat"), so that its rank is that of all together. Raises ValueError for
     an adapter that has more than two matrices a layer.
     """
-    names = [opened.active_adapter, *(f"adapter_{number}" for number in range(2, len(adapters) + 1))]
-    for adapter, name in zip(adapters[1:], names[1:], strict=True):
-        check_base(adapter, opened.get_base_model())
-        opened.load_adapter(adapter, name)
-    for adapter, name in zip(adapters, names, strict=True):
-        check_summable(adapter, opened.peft_config[name])
-    opened.add_weighted_adapter(names, weights, "sum", combination_type="cat")
-    opened.set_adapter("sum")
-    for name in names:
-        opened.delete_adapter(name)
-    parts = " + ".join(f"{weight:g} x {adapter}" for weight, adapter in zip(weights, adapters, strict=True))
-    logger.info(f"Adapter: {parts}, rank {opened.active_peft_config.r}")
+    for adapter in adapters:
+        check_summable(adapter, peft.PeftConfig.from_pretrained(adapter))
+        check_base(adapter, model)
+    parts = [f"part_{number}" for number in range(len(adapters))]
+    opened = opened_adapter(model, adapters[0], False, parts[0])
+    for adapter, part in zip(adapters[1:], parts[1:], strict=True):
+        opened.load_adapter(adapter, part)
+    opened.add_weighted_adapter(parts, weights, "default", combination_type="cat")
+    opened.set_adapter("default")
+    for part in parts:
+        opened.delete_adapter(part)
+    terms = " + ".join(f"{weight:g} x {adapter}" for weight, adapter in zip(weights, adapters, strict=True))
+    logger.info(f"Adapter: {terms}, rank {opened.active_peft_config.r}")
     return opened
 
 

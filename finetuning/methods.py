@@ -10,11 +10,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 
 logger = logging.getLogger("run_chatglm_lora.methods")
 
-OWN_WEIGHTS = {
-    "params",
-    "model",
-    "optimizer_dict",
-}  # optimizers that Trainer gives these choose their weights themselves
+OWN_WEIGHTS = {"params", "model", "optimizer_dict"}  # options of optimizers that choose their weights themselves
 
 
 def check(lora_args, training_args):
