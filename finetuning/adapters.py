@@ -18,6 +18,7 @@ from .batches import PaddedCollator
 
 logger = logging.getLogger("run_chatglm_lora.adapters")
 
+KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")  # ways to begin an adapter; others change the base
 SAMPLED_TENSORS = 16  # of a base, evenly spaced by name, tell it from others
 TEXT_FILES = ["*.json", "*.jinja", "*.py", "*.model", "*.txt", "*LICENSE*"]
 NOT_FOUND_IS_NONE = {
@@ -261,15 +262,23 @@ def opened_adapter(model, adapter: str, is_trainable: bool, name: str = "default
 
 # ------------------------------------------------------------------------------------------------- several adapters
 
-SUMMABLE_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others change the base, and once each
-
 
 def opened_adapters(model, lora_args, is_trainable: bool) -> peft.PeftModel:
     """The model inside the adapter of --adapter_name_or_path, or inside the weighted sum of several."""
     names = adapter_names(lora_args.adapter_name_or_path)
     if len(names) == 1:
         return opened_adapter(model, *names, is_trainable)
-    return weighted_sum(model, names, [float(weight) for weight in lora_args.adapter_weights.split(",")])
+    return weighted_sum(model, names, adapter_weights(names, lora_args.adapter_weights))
+
+
+def adapter_weights(names: list[str], text: str | None) -> list[float]:
+    """The numbers of --adapter_weights. Raises ValueError unless there is one for each of at least two adapters."""
+    if len(names) < 2 or not re.fullmatch(r"-?[\d.]+(,-?[\d.]+)*", text or "") or text.count(",") != len(names) - 1:
+        raise ValueError(
+            f"--adapter_weights is a number for each of several adapters, such as 0.7,0.3: it is {text}, and "
+            f"--adapter_name_or_path names {len(names)}."
+        )
+    return [float(weight) for weight in text.split(",")]
 
 
 def weighted_sum(model, adapters: list[str], weights: list[float]) -> peft.PeftModel:
@@ -300,6 +309,6 @@ def check_summable(adapter: str, config: peft.PeftConfig):
         raise ValueError(f"--adapter_weights adds up LoRA adapters; {adapter} is {config.peft_type.value}.")
     more = ["use_dora", "use_rslora", "modules_to_save", "target_parameters", "trainable_token_indices", "lora_bias"]
     found = [name for name in more if getattr(config, name)] + (["bias"] if config.bias != "none" else [])
-    found += [] if config.init_lora_weights in SUMMABLE_STARTS else ["init_lora_weights"]
+    found += [] if config.init_lora_weights in KEEP_THE_BASE else ["init_lora_weights"]
     if found:
         raise ValueError(f"--adapter_weights: {adapter} was trained with {found[0]}, which PEFT does not add up.")

@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
@@ -16,7 +15,7 @@ from huggingface_hub.errors import (
 from transformers import AttentionInterface
 
 from . import methods
-from .adapters import adapter_names, kind_of_result
+from .adapters import adapter_names, adapter_weights, kind_of_result
 from .mistakes import did_you_mean
 
 
@@ -113,15 +112,11 @@ def installed(module) -> bool:
 
 
 def check_adapter_weights(lora_args, args):
-    """Raise a ValueError unless each of several adapters has a weight."""
-    names, weights = adapter_names(lora_args.adapter_name_or_path), lora_args.adapter_weights
-    if weights is None and len(names) < 2:
+    """Raise a ValueError unless each of several adapters has a weight, and none of them is to be trained."""
+    names = adapter_names(lora_args.adapter_name_or_path)
+    if lora_args.adapter_weights is None and len(names) < 2:
         return
-    if not re.fullmatch(r"-?[\d.]+(,-?[\d.]+)+", weights or "") or len(weights.split(",")) != len(names):
-        raise ValueError(
-            f"--adapter_weights takes as many numbers as --adapter_name_or_path has adapters ({len(names)}), at least "
-            f"two, such as 0.7,0.3; it is {weights}."
-        )
+    adapter_weights(names, lora_args.adapter_weights)
     if args.do_train:
         raise ValueError("--adapter_weights adds adapters up to evaluate and predict with: drop it, or --do_train.")
 
