@@ -151,7 +151,7 @@ def check_output_folder(folder: Path, kind: str):
 
 
 def check_init(given: dict):
-    """Raise a ValueError for an --init_lora_weights that PEFT would only half do: B zero, A random."""
+    """Raise a ValueError for an init_lora_weights, flag or field of --peft_config, that PEFT alone would half do."""
     missing = {
         "corda": "needs covariances of the base's inputs, which peft.tuners.lora.corda.preprocess_corda collects",
         "loftq": "needs a base that LoftQ has quantised, which PEFT's example loftq_finetuning makes",

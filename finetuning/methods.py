@@ -1,4 +1,4 @@
-"""What is trained beside an adapter's default, at which rates, and how long: LoRA+, the last layers, patience."""
+"""Which weights are trained beside an adapter's, at which rates, and how long: LoRA+, last layers, early stopping."""
 
 import logging
 
