@@ -97,6 +97,8 @@ def check_packages(args):
     if args.use_liger_kernel and not installed("liger_kernel"):
         raise ValueError("--use_liger_kernel needs a package: pip install liger-kernel, or drop the flag.")
     optimizer = str(getattr(args.optim, "value", args.optim))
+    if args.do_train and optimizer.startswith(("galore", "apollo")) and not args.optim_target_modules:
+        raise ValueError(f"--optim {optimizer} needs layers: add --optim_target_modules all-linear and --no_use_lora.")
     for part, module, package in OPTIMIZERS:
         if part in optimizer:
             if args.do_train and not installed(module):

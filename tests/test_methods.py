@@ -188,14 +188,14 @@ def test_sum_is_evaluated_and_answers(run, chatglm3, chats, two):
 def test_sum_is_written_as_an_adapter_that_can_be_merged(chatglm3, two, tmp_path, monkeypatch, merge, capsys):
     monkeypatch.setattr(sys, "argv", ["add_adapters.py", ",".join(two), "0.7,-0.3", str(tmp_path / "sum")])
     add_adapters.main()
+    with pytest.raises(SystemExit, match="Nothing was written: .*sum exists already"):
+        add_adapters.main()
     folder, _ = merge(tmp_path / "sum")
     opened = adapters.weighted_sum(AutoModelForCausalLM.from_pretrained(chatglm3), two, [0.7, -0.3])
     expected = opened.merge_and_unload().state_dict()
     merged = load_file(folder / "model.safetensors")
     for name, tensor in expected.items():
         torch.testing.assert_close(merged[name], tensor, rtol=1e-5, atol=1e-6)
-    with pytest.raises(SystemExit, match="Nothing was written: .*sum exists already"):
-        add_adapters.main()
 
 
 @pytest.mark.parametrize("option", [{"use_dora": True}, {"use_rslora": True}, {"bias": "all"}])
