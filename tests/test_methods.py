@@ -75,7 +75,7 @@ def test_loraplus_beside_an_optimizer_of_deepspeed_is_refused():
 # ---------------------------------------------------------------------------------------------------- the last layers
 
 
-@pytest.mark.parametrize("checkpointing", [[], ["--gradient_checkpointing"]])
+@pytest.mark.parametrize("checkpointing", [[], pytest.param(["--gradient_checkpointing"], marks=pytest.mark.slow)])
 def test_last_layer_alone_is_trained_and_the_whole_model_saved(run, flags, chatglm3, checkpointing, caplog):
     """On another processor sums are rounded in another way, hence the tolerance of the losses."""
     with caplog.at_level(logging.INFO):
@@ -87,12 +87,14 @@ def test_last_layer_alone_is_trained_and_the_whole_model_saved(run, flags, chatg
         name for name in after if name.startswith("transformer.encoder.layers.1.") and "rotary" not in name
     }
     assert losses(folder) == pytest.approx(LAST_LAYER, rel=1e-4)
+    assert "Part of the weights of" in (folder / "README.md").read_text()
     assert f"{sum(after[name].numel() for name in changed):,} of " in caplog.text
 
 
 LAST_LAYER = [7.137836456298828, 5.844119548797607, 4.761228084564209, 4.24364709854126]
 
 
+@pytest.mark.slow
 def test_last_layers_go_on_from_a_checkpoint_with_the_same_bytes(run, flags):
     flags = [flags, "--train_last_layers", 1, "--save_strategy", "steps", "--save_steps", 2]
     straight = run(flags)
