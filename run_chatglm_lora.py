@@ -811,7 +811,7 @@ def loading_options(lora_args, training_args):
     if not (lora_args.load_in_4bit or lora_args.load_in_8bit):
         return options
     if not lora_args.use_lora:
-        raise ValueError("Quantised weights cannot be trained: drop --load_in_4bit or --load_in_8bit, or train an adapter.")
+        raise ValueError("Quantised weights cannot be trained: drop --load_in_4bit or --load_in_8bit, or take LoRA.")
     config = BitsAndBytesConfig(
         load_in_4bit=lora_args.load_in_4bit,
         load_in_8bit=lora_args.load_in_8bit,
