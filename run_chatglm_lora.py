@@ -85,6 +85,7 @@ try:
         lora_layers,
         loss_plot,
         memory,
+        methods,
         mistakes,
         model_card,
         preconditions,
@@ -251,12 +252,15 @@ class ChatArguments:
 class LoraArguments:
     """Which adapter is trained, on what base, with whose code."""
 
-    _argument_group_name = "LoRA and other adapters"
+    _argument_group_name = "LoRA and other methods"
 
     use_lora: bool = argument(True, "Train an adapter; --no_use_lora trains all weights, as run_clm.py does.")
     peft_type: str = argument("LORA", "LORA, PREFIX_TUNING (P-Tuning v2), or another method of PEFT.")
     peft_config: str | None = argument(None, "JSON file with fields of PEFT's configuration; they override the flags.")
-    adapter_name_or_path: str | None = argument(None, "Adapter to go on training, evaluate or predict with.")
+    adapter_name_or_path: str | None = argument(
+        None, "Adapter to go on training, evaluate or predict with; with --adapter_weights several, with commas."
+    )
+    adapter_weights: str | None = argument(None, "What the adapters of --adapter_name_or_path A,B count, as 0.7,0.3.")
     lora_r: int = argument(8, "Rank.")
     lora_alpha: int = argument(32, "Scale: updates are multiplied by alpha / r.")
     lora_dropout: float = argument(0.1, "Dropout before the adapter.")
@@ -272,11 +276,13 @@ class LoraArguments:
     use_rslora: bool = argument(False, "Scale by alpha / sqrt(r) instead.")
     use_dora: bool = argument(False, "Train magnitude and direction apart (DoRA).")
     init_lora_weights: str = argument("true", "true, false, gaussian, pissa, pissa_niter_16, olora, orthogonal, ...")
+    loraplus_lr_ratio: float | None = argument(None, "LoRA+: B learns so many times as fast as A; 16 is usual.")
     num_virtual_tokens: int = argument(128, "Length of the trained prefix (PREFIX_TUNING, PROMPT_TUNING, P_TUNING).")
     prefix_projection: bool = argument(False, "Make the prefix with a two-layer network (PREFIX_TUNING).")
     pre_seq_len: int | None = argument(
         None, "Length of the prefix in ChatGLM's own form of P-Tuning v2, without PEFT."
     )
+    train_last_layers: int | None = argument(None, "Train all weights of the last N layers, and no adapter.")
     load_in_4bit: bool = argument(False, "Quantise the base to 4 bits while loading (QLoRA; needs bitsandbytes).")
     load_in_8bit: bool = argument(False, "Quantise the base to 8 bits while loading (needs bitsandbytes).")
     attn_implementation: str = argument(
@@ -285,10 +291,12 @@ class LoraArguments:
         "kernels-community/flash-attn2; auto: sdpa where the model has it, by one call for rows end to end on a GPU.",
     )
     use_checkpoint_code: bool = argument(False, "Use a ChatGLM checkpoint's own code; needs --trust_remote_code.")
+    early_stopping_patience: int | None = argument(None, "Stop after N evaluations in a row without a better one.")
     plot_loss: bool = argument(True, "Draw the losses into training_loss.png at the end (needs matplotlib).")
 
     def __post_init__(self):
         self.peft_type = self.peft_type.upper()
+        self.use_lora = self.use_lora and not self.train_last_layers
         if self.peft_type not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
             known = ", ".join(sorted(str(name.value) for name in peft.PEFT_TYPE_TO_CONFIG_MAPPING))
             raise ValueError(f"--peft_type {self.peft_type} is not one of {known}.")
@@ -836,7 +844,7 @@ def loading_options(lora_args, training_args):
     if not (lora_args.load_in_4bit or lora_args.load_in_8bit):
         return options
     if not lora_args.use_lora:
-        raise ValueError("Quantised weights cannot be trained: drop --no_use_lora, --load_in_4bit or --load_in_8bit.")
+        raise ValueError("Quantised weights cannot be trained: drop --load_in_4bit or --load_in_8bit, or take LoRA.")
     config = BitsAndBytesConfig(
         load_in_4bit=lora_args.load_in_4bit,
         load_in_8bit=lora_args.load_in_8bit,
@@ -854,6 +862,8 @@ def adapted_model(model, lora_args, training_args):
     """The model inside a new or loaded adapter; the bare model with --no_use_lora, or if there is nothing to train."""
     if lora_args.pre_seq_len:
         return prefix_tuning.prefix_tuned(model, lora_args)
+    if lora_args.train_last_layers is not None:
+        return methods.with_last_layers_trained(model, lora_args.train_last_layers)
     if not lora_args.use_lora or not (training_args.do_train or lora_args.adapter_name_or_path):
         return model
     if not model.name_or_path:
@@ -865,7 +875,7 @@ def adapted_model(model, lora_args, training_args):
             raise ValueError("A trained prefix and gradient checkpointing exclude each other: drop one of the flags.")
         model.enable_input_require_grads()  # frozen embeddings would cut checkpointed layers off from the loss
     if lora_args.adapter_name_or_path:
-        model = adapters.opened_adapter(model, lora_args.adapter_name_or_path, training_args.do_train)
+        model = adapters.opened_adapters(model, lora_args, training_args.do_train)
     else:
         config = lora_layers.adapter_config(model, lora_args, training_args.max_steps)
         model = lora_layers.adapted(model, config)
@@ -915,7 +925,7 @@ def safeguards(arguments, data, tokenizer):
     return Safeguards(*arguments, data["train"], tokenizer) if training_args.do_train else None
 
 
-def trainer_options(model, tokenizer, row_format, data, chat_args, training_args, guards=None):
+def trainer_options(model, tokenizer, row_format, data, chat_args, lora_args, training_args, guards=None):
     """What Trainer is given beyond run_clm.py's arguments, or in place of them: collator, callbacks and scores."""
     collator = chat_collator(model, tokenizer, chat_args, training_args) if row_format else block_collator
     loss = label_smoothing.loss_options(training_args)
@@ -936,6 +946,7 @@ def trainer_options(model, tokenizer, row_format, data, chat_args, training_args
             *([throughput.Throughput(loss.get("compute_loss_func"))] if row_format else []),
         ],
         **loss,
+        **methods.optimizer_options(lora_args, training_args),
         **scores.scoring(collator, row_format, training_args),
     }
 
@@ -1019,6 +1030,7 @@ def watch_training(trainer, tokenizer, data, chat_args, lora_args):
     for split, callback in answering.items() if isinstance(data, EncodedChats) else ():
         if split in data:
             trainer.add_callback(callback(trainer, tokenizer, data[split], chat_args, padding_id(tokenizer)))
+    methods.stop_early(trainer, lora_args.early_stopping_patience)
 
 
 def answer(trainer, tokenizer, data, chat_args):
@@ -1064,7 +1076,7 @@ def guarded_trainer(
         raise ValueError("--preview, --preview_html and --dry_run are flags of run_chatglm_lora.py itself: run that.")
     guards = safeguards((model_args, chat_args, lora_args, args), {"train": train_dataset}, processing_class)
     splits = {**(data if row_format else {}), "train": train_dataset, "validation": eval_dataset}
-    options |= trainer_options(model, processing_class, row_format, splits, chat_args, args, guards)
+    options |= trainer_options(model, processing_class, row_format, splits, chat_args, lora_args, args, guards)
     options["callbacks"] = [*(callbacks or ()), *options["callbacks"]]
     train_dataset = batches.repeated_stream(train_dataset) if row_format else train_dataset
     fixed = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "processing_class": processing_class}
@@ -1115,7 +1127,7 @@ def main():
     model = loaded_model(model_args, lora_args, training_args, config, tokenizer)
     screen.show_model(model)
     model = adapted_model(model, lora_args, training_args)
-    options = trainer_options(model, tokenizer, row_format, data, chat_args, training_args, guards)
+    options = trainer_options(model, tokenizer, row_format, data, chat_args, lora_args, training_args, guards)
     trainer = make_trainer(model, tokenizer, data, options, training_args)
     watch_training(trainer, tokenizer, data, chat_args, lora_args)
     model_card.name_sources(trainer, model_args, data_args, chat_args)

@@ -18,6 +18,7 @@ from .batches import PaddedCollator
 
 logger = logging.getLogger("run_chatglm_lora.adapters")
 
+KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")  # ways to begin an adapter; others change the base
 SAMPLED_TENSORS = 16  # of a base, evenly spaced by name, tell it from others
 TEXT_FILES = ["*.json", "*.jinja", "*.py", "*.model", "*.txt", "*LICENSE*"]
 NOT_FOUND_IS_NONE = {
@@ -74,6 +75,13 @@ def adapter_folder(name: str) -> Path | None:
     return local_folder(name) if found else None
 
 
+def adapter_names(names: str | None) -> list[str]:
+    """The adapters that --adapter_name_or_path names: none, one, or several with commas."""
+    if not names or Path(names).is_dir():
+        return [names] if names else []
+    return names.split(",")
+
+
 def is_folder_that_is_gone(name: str) -> bool:
     """Whether a name can only be that of a folder, and there is none."""
     return not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1)
@@ -98,7 +106,8 @@ def base_of(adapter: Path, override: str | None) -> tuple[str, str]:
 
 
 def own_tokenizer(adapter: str | None) -> str | None:
-    """The folder of an adapter, or of a saved prefix, that has a tokenizer of its own; None without one."""
+    """The folder of an adapter (the first of several), or of a saved prefix, that has a tokenizer; None without."""
+    adapter = next(iter(adapter_names(adapter)), None)
     folder = adapter and (adapter_folder(adapter) or Path(adapter))
     if not folder or not (folder / "tokenizer_config.json").is_file():
         return None
@@ -142,7 +151,7 @@ def check_output_folder(folder: Path, kind: str):
 
 
 def check_init(given: dict):
-    """Raise a ValueError for an --init_lora_weights that PEFT would only half do: B zero, A random."""
+    """Raise a ValueError for an init_lora_weights, flag or field of --peft_config, that PEFT alone would half do."""
     missing = {
         "corda": "needs covariances of the base's inputs, which peft.tuners.lora.corda.preprocess_corda collects",
         "loftq": "needs a base that LoftQ has quantised, which PEFT's example loftq_finetuning makes",
@@ -232,7 +241,7 @@ def check_base(adapter: str, model):
         logger.warning(f"{adapter} was trained on {before}; whether {model.name_or_path} is the same cannot be told.")
 
 
-def opened_adapter(model, adapter: str, is_trainable: bool) -> peft.PeftModel:
+def opened_adapter(model, adapter: str, is_trainable: bool, name: str = "default") -> peft.PeftModel:
     """The model inside the adapter with a path or hub name; ValueError if they do not belong together.
 
     A model on the meta device, of which only shapes are asked, gets an adapter of the same shapes.
@@ -240,19 +249,73 @@ def opened_adapter(model, adapter: str, is_trainable: bool) -> peft.PeftModel:
     if model.device.type == "meta":
         config = peft.PeftConfig.from_pretrained(adapter)
         config.inference_mode = not is_trainable
-        return peft.get_peft_model(model, config)
+        return peft.get_peft_model(model, config, name)
     check_base(adapter, model)
     try:
-        return peft.PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
+        return peft.PeftModel.from_pretrained(model, adapter, name, is_trainable=is_trainable)
     except RuntimeError as error:
         sizes = re.search(r"size mismatch for (\S+): .*?Size\((.*?)\).*?Size\((.*?)\)", str(error), re.DOTALL)
         if sizes is None:
             raise
-        name, saved, wanted = sizes.groups()
+        tensor, saved, wanted = sizes.groups()
         reason = "its base is another"
-        if re.search(r"embed|lm_head|output_layer", name):
+        if re.search(r"embed|lm_head|output_layer", tensor):
             reason = "its tokenizer has another number of tokens: pass it with --tokenizer_name"
         raise ValueError(
-            f"The adapter {adapter} does not fit {model.name_or_path}: {name} is {saved} in the adapter "
+            f"The adapter {adapter} does not fit {model.name_or_path}: {tensor} is {saved} in the adapter "
             f"and {wanted} here. Most likely {reason}."
         ) from error
+
+
+# ------------------------------------------------------------------------------------------------- several adapters
+
+
+def opened_adapters(model, lora_args, is_trainable: bool) -> peft.PeftModel:
+    """The model inside the adapter of --adapter_name_or_path, or inside the weighted sum of several."""
+    names = adapter_names(lora_args.adapter_name_or_path)
+    if len(names) == 1:
+        return opened_adapter(model, *names, is_trainable)
+    return weighted_sum(model, names, adapter_weights(names, lora_args.adapter_weights))
+
+
+def adapter_weights(names: list[str], text: str | None) -> list[float]:
+    """The numbers of --adapter_weights. Raises ValueError unless there is one for each of at least two adapters."""
+    if len(names) < 2 or not re.fullmatch(r"-?[\d.]+(,-?[\d.]+)*", text or "") or text.count(",") != len(names) - 1:
+        raise ValueError(
+            f"--adapter_weights is a number for each of several adapters, such as 0.7,0.3: it is {text}, and "
+            f"--adapter_name_or_path names {len(names)}."
+        )
+    return [float(weight) for weight in text.split(",")]
+
+
+def weighted_sum(model, adapters: list[str], weights: list[float]) -> peft.PeftModel:
+    """The model inside the weighted sum of LoRA adapters.
+
+    The sum is exact: PEFT stacks the matrices ("cat"), so that its rank is that of all together. Raises ValueError for
+    an adapter that has more than two matrices a layer.
+    """
+    for adapter in adapters:
+        check_summable(adapter, peft.PeftConfig.from_pretrained(adapter))
+        check_base(adapter, model)
+    parts = [f"part_{number}" for number in range(len(adapters))]
+    opened = opened_adapter(model, adapters[0], False, parts[0])
+    for adapter, part in zip(adapters[1:], parts[1:], strict=True):
+        opened.load_adapter(adapter, part)
+    opened.add_weighted_adapter(parts, weights, "default", combination_type="cat")
+    opened.set_adapter("default")
+    for part in parts:
+        opened.delete_adapter(part)
+    terms = " + ".join(f"{weight:g} x {adapter}" for weight, adapter in zip(weights, adapters, strict=True))
+    logger.info(f"Adapter: {terms}, rank {opened.active_peft_config.r}")
+    return opened
+
+
+def check_summable(adapter: str, config: peft.PeftConfig):
+    """Raise a ValueError unless an adapter is a product of two matrices a layer, scaled by alpha / r, and no more."""
+    if not isinstance(config, peft.LoraConfig):
+        raise ValueError(f"--adapter_weights adds up LoRA adapters; {adapter} is {config.peft_type.value}.")
+    more = ["use_dora", "use_rslora", "modules_to_save", "target_parameters", "trainable_token_indices", "lora_bias"]
+    found = [name for name in more if getattr(config, name)] + (["bias"] if config.bias != "none" else [])
+    found += [] if config.init_lora_weights in KEEP_THE_BASE else ["init_lora_weights"]
+    if found:
+        raise ValueError(f"--adapter_weights: {adapter} was trained with {found[0]}, which PEFT does not add up.")

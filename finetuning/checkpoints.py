@@ -50,6 +50,7 @@ def run_settings(model_args, chat_args, lora_args, training_args, train_data, to
         "--model_revision": model_args.model_revision,
         "--dtype": model_args.dtype,
         **(adapter if lora_args.use_lora else {"--use_lora": False}),
+        **{f"--{name}": getattr(lora_args, name) for name in METHOD_FLAGS},
         **flag_values(training_args, CHANGES_THE_RESULT),
         "--ignore_pad_token_for_loss": chat_args.ignore_pad_token_for_loss,
         "the number of processes": training_args.world_size,
@@ -75,6 +76,7 @@ ADAPTER_FLAGS = {
     "lora_exclude_modules", "lora_layers_to_transform", "lora_modules_to_save", "lora_bias", "use_rslora", "use_dora",
     "init_lora_weights", "num_virtual_tokens", "pre_seq_len", "prefix_projection", "load_in_4bit", "load_in_8bit",
 }
+METHOD_FLAGS = ["loraplus_lr_ratio", "train_last_layers", "early_stopping_patience"]
 # Each field of TrainingArguments stands in one of three tables; tests/test_checkpoints.py sees to it.
 #
 # The optimizer and the schedule take these from the checkpoint, so that another value would be passed over without a

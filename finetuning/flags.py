@@ -87,10 +87,15 @@ def check_contradictions(given, args):
     if not hasattr(args, "peft_type"):
         return
     adapter = [
-        name for name in (*PEFT_FIELDS, "peft_config", "prefix_projection", "adapter_name_or_path") if name in given
+        name
+        for name in (*PEFT_FIELDS, "peft_config", "prefix_projection", "loraplus_lr_ratio", "adapter_name_or_path")
+        if name in given
     ]
     if not args.use_lora and not args.pre_seq_len and adapter:
-        raise ValueError(f"--no_use_lora trains all weights and no adapter: drop it, or --{adapter[0]}.")
+        whole = "--no_use_lora trains all weights"
+        if args.train_last_layers:
+            whole = "--train_last_layers trains whole layers"
+        raise ValueError(f"{whole} and no adapter: drop it, or --{adapter[0]}.")
     shape = [name for name in (*PEFT_FIELDS, "peft_config", "peft_type") if name in given]
     if args.pre_seq_len and shape:
         raise ValueError(f"--pre_seq_len is ChatGLM's own prefix, without PEFT: drop it, or --{shape[0]}.")

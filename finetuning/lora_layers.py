@@ -20,7 +20,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEF
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-from . import mistakes
+from . import adapters, mistakes
 
 
 logger = logging.getLogger("run_chatglm_lora.lora_layers")
@@ -116,6 +116,7 @@ def own_fields(path, kind, accepted) -> dict:
     if (named := own.pop("peft_type", kind)) != kind:
         raise ValueError(f"--peft_config {path} is for {named}: pass --peft_type {named}, or another file.")
     own = {name: value for name, value in own.items() if name not in SAVED_FIELDS}
+    adapters.check_init(own)
     for name in own.keys() - accepted:
         hint = mistakes.did_you_mean(name, accepted) or f" It has {', '.join(sorted(accepted - SAVED_FIELDS))}."
         raise ValueError(f"--peft_config {path}: {kind} has no field '{name}'.{hint}")

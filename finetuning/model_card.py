@@ -94,6 +94,7 @@ def card_text(trainer, name) -> ModelCard:
     """The card of what a trainer has trained, with what all_results.json has measured."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     adapted = isinstance(model, peft.PeftModel)
+    weights = "All weights" if all(p.requires_grad for p in model.parameters()) else "Part of the weights"
     base = public_name(trainer.base_name)
     path = Path(args.output_dir, "all_results.json")
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -102,7 +103,7 @@ def card_text(trainer, name) -> ModelCard:
     inner = model.get_base_model() if adapted else model
     text = TEXT.format(
         name=name,
-        what=f"{model.active_peft_config.peft_type.value} adapter" if adapted else "All weights",
+        what=f"{model.active_peft_config.peft_type.value} adapter" if adapted else weights,
         base=base,
         data=trainer.data_names,
         results="\n".join(measured) or "Not evaluated.",

@@ -14,7 +14,8 @@ from huggingface_hub.errors import (
 )
 from transformers import AttentionInterface
 
-from .adapters import kind_of_result
+from . import methods
+from .adapters import adapter_names, adapter_weights, kind_of_result
 from .mistakes import did_you_mean
 
 
@@ -62,6 +63,8 @@ def check(model_args, data_args, lora_args, training_args):
     """Raise a ValueError or an OSError for the first thing that could not be done."""
     check_stages(data_args, training_args)
     check_packages(training_args)
+    methods.check(lora_args, training_args)
+    check_adapter_weights(lora_args, training_args)
     check_folders(model_args, lora_args)
     check_attention(lora_args.attn_implementation)
     for flag in ("model_name_or_path", "config_name", "tokenizer_name"):
@@ -94,6 +97,8 @@ def check_packages(args):
     if args.use_liger_kernel and not installed("liger_kernel"):
         raise ValueError("--use_liger_kernel needs a package: pip install liger-kernel, or drop the flag.")
     optimizer = str(getattr(args.optim, "value", args.optim))
+    if args.do_train and optimizer.startswith(("galore", "apollo")) and not args.optim_target_modules:
+        raise ValueError(f"--optim {optimizer} needs layers: add --optim_target_modules all-linear and --no_use_lora.")
     for part, module, package in OPTIMIZERS:
         if part in optimizer:
             if args.do_train and not installed(module):
@@ -108,15 +113,31 @@ def installed(module) -> bool:
 # ---------------------------------------------------------------------------------------- folders and hub names
 
 
+def check_adapter_weights(lora_args, args):
+    """Raise a ValueError unless each of several adapters has a weight, and none of them is to be trained."""
+    names = adapter_names(lora_args.adapter_name_or_path)
+    if lora_args.adapter_weights is None and len(names) < 2:
+        return
+    adapter_weights(names, lora_args.adapter_weights)
+    if args.do_train:
+        raise ValueError("--adapter_weights adds adapters up to evaluate and predict with: drop it, or --do_train.")
+
+
 def check_folders(model_args, lora_args):
     """Raise a ValueError if a base is an adapter, or an adapter is none."""
-    base, adapter = model_args.model_name_or_path, lora_args.adapter_name_or_path
+    base = model_args.model_name_or_path
     if base and Path(base, "adapter_config.json").is_file() and not Path(base, "config.json").is_file():
         raise ValueError(
             f"--model_name_or_path {base} is an adapter: pass it as --adapter_name_or_path, and the model that it was "
             "trained on as --model_name_or_path."
         )
-    if not adapter or not Path(adapter).is_dir() or lora_args.pre_seq_len:  # of a prefix, loading says what is missing
+    if not lora_args.pre_seq_len:  # of a prefix, loading says what is missing
+        for adapter in adapter_names(lora_args.adapter_name_or_path):
+            check_adapter_folder(adapter)
+
+
+def check_adapter_folder(adapter):
+    if not Path(adapter).is_dir():
         return
     found = kind_of_result(Path(adapter))
     if found == "full model":

@@ -164,9 +164,10 @@ def lora_config(folder: Path, name: str) -> peft.LoraConfig:
     if config is None:
         raise ValueError(f"{name} is not an adapter: there is no adapter_config.json in it.")
     if not isinstance(config, peft.LoraConfig):
-        raise ValueError(
-            f"{name} is {config.peft_type.value}, which adds to the model's input: only LoRA can be merged."
-        )
+        way = "has no weights to merge: use it as it is, with PEFT"
+        if not config.is_prompt_learning:
+            way = "is merged by PEFT: `merge_and_unload` of the opened model, see docs/methods.md"
+        raise ValueError(f"This script merges LoRA. {name} is {config.peft_type.value}, which {way}.")
     if config.fan_in_fan_out:
         raise ValueError(f"{name} adapts layers of GPT-2's kind (fan_in_fan_out): merge it with PEFT.")
     return config

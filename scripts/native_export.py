@@ -9,9 +9,7 @@ from merging import Merge
 from safetensors.torch import save_file
 
 from chatglm.native import native_tensors, native_tokenizer
-
-
-KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")  # ways to begin an adapter; others change the base
+from finetuning.adapters import KEEP_THE_BASE
 
 
 def write_json(path: Path, content: dict):

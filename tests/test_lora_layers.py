@@ -152,6 +152,7 @@ def test_fields_of_peft_config_override_the_flags(run, tuning, llama, tmp_path):
         ('{"r": 8', "peft.json, line 1: "),
         ("[8]", "an object of fields is expected"),
         ('{"peft_type": "IA3"}', "is for IA3: pass --peft_type IA3"),
+        ('{"init_lora_weights": "loftq"}', "loftq needs a base that LoftQ has quantised"),
     ],
 )
 def test_mistakes_in_peft_config_are_named(run, tuning, llama, tmp_path, text, message):
@@ -161,14 +162,28 @@ def test_mistakes_in_peft_config_are_named(run, tuning, llama, tmp_path, text, m
 
 
 @pytest.mark.parametrize(
-    "model, kind", [("chatglm3", "IA3"), ("chatglm3", "LN_TUNING"), ("llama", "IA3"), ("llama", "OFT")]
+    "model, kind",
+    [
+        ("chatglm3", "ADALORA"),
+        ("chatglm3", "IA3"),
+        ("chatglm3", "LN_TUNING"),
+        ("chatglm3", "OFT"),
+        ("chatglm3", "VERA"),
+        ("llama", "BOFT"),
+        ("llama", "IA3"),
+        ("llama", "OFT"),
+    ],
 )
-def test_other_methods_of_peft_train_and_reopen(run, tuning, request, kind, model):
+def test_other_methods_of_peft_train_reopen_and_merge(run, tuning, request, kind, model):
     base = request.getfixturevalue(model)
     folder = run("--model_name_or_path", base, tuning, "--peft_type", kind)
     assert losses(folder)[-1] < losses(folder)[0]
     reopened = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
     assert reopened.peft_config["default"].peft_type == kind
+    ids = torch.arange(5, 25)[None]
+    logits = reopened.eval()(ids).logits
+    assert not torch.allclose(logits, AutoModelForCausalLM.from_pretrained(base)(ids).logits, atol=1e-3)
+    torch.testing.assert_close(reopened.merge_and_unload()(ids).logits, logits, rtol=0, atol=1e-5)
 
 
 def test_ranks_of_adalora_are_dealt_out(run, tuning, llama):

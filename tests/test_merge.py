@@ -319,7 +319,7 @@ def cut_short(base, folder):
         (cut_short, "cut/adapter_model.safetensors is damaged or was cut short .*: copy it again"),
         (lambda base, _: base, "is not an adapter: there is no adapter_config.json in it"),
         (lambda *_: "nowhere", "nowhere is neither a folder nor found on the hub or in its cache"),
-        (prefix, "is PREFIX_TUNING, which adds to the model's input: only LoRA can be merged"),
+        (prefix, "This script merges LoRA. .* is PREFIX_TUNING, which has no weights to merge"),
         (
             of_another_base,
             r"trained on another base: it changes .*query_key_value.weight \[256, 128\], this one has \[1",

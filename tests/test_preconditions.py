@@ -20,6 +20,14 @@ from finetuning import preconditions
             "--do_train --optim schedule_free_adamw",
             "--optim schedule_free_adamw needs a package: pip install schedulefree",
         ),
+        (
+            "--do_train --optim galore_adamw",
+            "--optim galore_adamw needs layers: add --optim_target_modules all-linear and --no_use_lora.",
+        ),
+        (
+            "--do_train --no_use_lora --optim apollo_adamw --optim_target_modules all-linear",
+            "--optim apollo_adamw needs a package: pip install apollo-torch, or take adamw_torch.",
+        ),
         ("--do_train --optim paged_adamw_8bit", "--optim paged_adamw_8bit needs a package: pip install bitsandbytes"),
         ("--do_train --model_name_or_path ./nothere", "--model_name_or_path: there is no folder ./nothere."),
         ("--do_train --model_name_or_path some/where", "there is no folder some/where, and HF_HUB_OFFLINE is set."),
