@@ -98,9 +98,9 @@ def main():
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--optim", default=TrainingArguments.default_optim)
     options = parser.parse_args()
-    model = benchmark.adapted_model(options.shape, "cpu")
-    vocabulary, steps = model.config.padded_vocab_size, WARM_UP + options.steps
-    rows = benchmark.random_rows(steps * options.batch_size, vocabulary)
+    model = benchmark.adapted(benchmark.random_model(options.shape, "cpu"))
+    vocabulary, steps = model.config.vocab_size, WARM_UP + options.steps
+    rows = benchmark.random_rows(steps * options.batch_size, model.config)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             Path(folder), max_steps=steps, per_device_train_batch_size=options.batch_size, optim=options.optim,
