@@ -74,7 +74,7 @@ def test_picture_grows_at_evaluations(run, flags, monkeypatch):
 
     monkeypatch.setattr(loss_plot, "draw_logs", record)
     monkeypatch.setattr(progress, "SHARE_OF_TIME", 1e9)
-    folder = run(flags)
+    folder = run(flags, "--plot_loss")
     assert drawn == [(step, b"\x89PNG") for step in (2, 4, 4, 4)]  # evaluations, the one at the end, the end
     assert not list(folder.glob(".*.new"))
     drawn.clear()

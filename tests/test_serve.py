@@ -136,7 +136,6 @@ BAD = {
     "the last message must be a question": {"messages": [QUESTION, {"role": "assistant", "content": "hi"}]},
     "a part of the type 'image_url'": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
     "message 1 has no content": {"messages": [{"role": "user"}]},
-    "a system message stands first": {"messages": [QUESTION, {"role": "system", "content": "be brief"}]},
     "temperature: Input should be less than or equal to 2": {"temperature": 3},
     "n: Input should be 1": {"n": 2},
     "frequency_penalty: Input should be less": {"frequency_penalty": 0.5},
