@@ -66,6 +66,8 @@ class Safeguards:
                 metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
             except FinishedBefore:
                 trainer.is_in_train = False
+                if args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+                    trainer._load_best_model()  # as at the end of a training; it has no public name
                 metrics = earlier_metrics(args.output_dir)
             except (OSError, RuntimeError, SafetensorError) as error:
                 hopeless = isinstance(error, HopelessRun) or not args.should_save

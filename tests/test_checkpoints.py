@@ -235,5 +235,11 @@ def test_best_and_newest_checkpoints_survive_the_limit(run, flags, chats):
     best = ["--load_best_model_at_end", "--metric_for_best_model", "loss", "--greater_is_better", "True"]
     folder = run(flags, evaluation, best, "--max_steps", 8, "--save_steps", 2, "--save_total_limit", 2)
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-8"]
+    result = folder / "adapter_model.safetensors"
+    chosen = (folder / "checkpoint-2" / result.name).read_bytes()
+    assert result.read_bytes() == chosen
+    result.unlink()  # a finished run writes its result again: the best model, not the last
+    run(flags, evaluation, best, "--max_steps", 8, "--save_steps", 2, "--resume_from_checkpoint", "last")
+    assert result.read_bytes() == chosen
     folder = run(flags, evaluation, best, "--max_steps", 4, "--save_steps", 2, "--save_total_limit", 1, output="one")
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
