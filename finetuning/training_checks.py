@@ -17,6 +17,7 @@ from .launching import on_any_process
 
 logger = logging.getLogger("run_chatglm_lora.checks")
 
+UNSEEN_STEPS = 100  # at most between two looks: the tokens of their batches are kept until then
 EXCERPT_TOKENS = 40  # of each row of a batch whose loss is not finite
 EXAMPLE_TOKENS = 1000  # of the first example, half at each end; more are not logged
 EXAMPLE_LINES = 5  # at its beginning and at its end
@@ -52,7 +53,7 @@ class TrainingChecks(TrainerCallback):
     """Losses that are not finite, tensors without gradient, models that cannot generate, adapters that hold nothing.
 
     Losses and gradients are judged on the device, at every step, and nobody waits for the verdict: it is looked at
-    where the run stops to log anyway, after the first step, and before anything is saved.
+    where the run stops to log anyway, after the first step, every hundred, and before anything is saved.
     """
 
     trainer = None  # known where the run is guarded; DeepSpeed keeps its gradients to itself
@@ -96,7 +97,8 @@ class TrainingChecks(TrainerCallback):
                 self.gradient_hooks.pop().remove()
 
     def on_step_end(self, args, state, control, model, processing_class, **kwargs):
-        if state.global_step == 1 or control.should_log or control.should_evaluate or control.should_save:
+        now = control.should_log or control.should_evaluate or control.should_save
+        if now or state.global_step == 1 or len(self.steps) == UNSEEN_STEPS:
             self.look(args, processing_class)
         if control.should_save:
             check_finite(model)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import chatglm
+from finetuning import training_checks
 from finetuning.batches import IGNORE_INDEX
 from finetuning.training_checks import (
     TrainingChecks,
@@ -223,7 +224,11 @@ def test_step_waits_for_no_number(run, chats, model, request):
     assert places[0]  # those before the first step and after the last
 
 
-def test_loss_that_is_not_finite_is_found_late_and_named_with_its_step(run, flags, monkeypatch, tmp_path):
+@pytest.mark.parametrize("unseen, looked_at", [(100, 4), (1, 3)], ids=["at the next save", "at the limit"])
+def test_loss_that_is_not_finite_is_found_late_and_named_with_its_step(
+    run, flags, monkeypatch, tmp_path, unseen, looked_at
+):
+    monkeypatch.setattr(training_checks, "UNSEEN_STEPS", unseen)
     forward = chatglm.ChatGLMForConditionalGeneration.forward
     calls = []
 
@@ -239,5 +244,5 @@ def test_loss_that_is_not_finite_is_found_late_and_named_with_its_step(run, flag
         FloatingPointError, match="The loss of step 3 is not .* Nothing is saved after step 2"
     ) as error:
         run(flags, "--logging_steps", 5, "--save_strategy", "steps", "--save_steps", 2)
-    assert len(calls) == 4 and str(error.value).count("row 1 of the batch") == 1
+    assert len(calls) == looked_at and str(error.value).count("row 1 of the batch") == 1
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
