@@ -316,19 +316,17 @@ def parsed_arguments():
     parser.set_defaults(logging_steps=LOGGED_SHARE)  # in --help
     given = argument_files.given_arguments(parser, launching.prepared_words(sys.argv[1:]), ARGUMENT_CLASSES)
     adapters.check_init(given)
-    defaults = {**gpu_defaults(), **log_defaults(given), **scores.metric_defaults(given)}
-    defaults |= progress.bar_defaults(given)
+    defaults = {**our_defaults(given), **scores.metric_defaults(given), **progress.bar_defaults(given)}
     return parser.parse_dict({**defaults, **launching.on_one_processor(given)})
 
 
-def log_defaults(given) -> dict:
-    """Without --logging_steps, a share of all steps between two log lines; Trainer's own 500 between evaluations."""
-    return {} if "logging_steps" in given else {"logging_steps": LOGGED_SHARE, "eval_steps": 500}
-
-
-def gpu_defaults() -> dict:
-    """Batches are made while a GPU computes, and it is not waited for to filter losses: such a run is stopped."""
-    return {"dataloader_num_workers": int(torch.cuda.is_available()), "logging_nan_inf_filter": False}
+def our_defaults(given) -> dict:
+    """What our defaults differ in from Trainer's: a share of all steps between two log lines (and its own 500 between
+    evaluations); a GPU is not waited for to filter losses, since a bad one stops the run, and has batches made for it.
+    """
+    logs = {} if "logging_steps" in given else {"logging_steps": LOGGED_SHARE, "eval_steps": 500}
+    workers = int(torch.cuda.is_available())
+    return {**logs, "dataloader_num_workers": workers, "logging_nan_inf_filter": False}
 
 
 def parsed_words(parser):

@@ -330,19 +330,13 @@ def show(build: Callable, collator: Callable, data, dtype, lora_args, training_a
 
 def about_steps(model, data, args) -> list[str]:
     """Trained parameters and steps, as Trainer counts them."""
-    trained, everything = parameter_counts(model)
+    trained, everything = model.num_parameters(only_trainable=True), model.num_parameters()
     size = args.train_batch_size * args.gradient_accumulation_steps
     steps = f"{args.max_steps}" if args.max_steps > 0 else f"{steps_of(len(data), args)}"
     return [
         f"Trainable parameters: {trained:,} of {everything:,} ({trained / everything:.3%})",
         f"Training: {steps} steps of {size} examples on one GPU; N GPUs take N times as many examples a step",
     ]
-
-
-def parameter_counts(model) -> tuple[int, int]:
-    """Of the trained parameters, and of all."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
 def steps_of(examples, args) -> int:
@@ -353,7 +347,7 @@ def steps_of(examples, args) -> int:
 
 def about_processes(model, memory, args) -> list[str]:
     """What each of several processes needs, as asked."""
-    trained, _ = parameter_counts(model)
+    trained = model.num_parameters(only_trainable=True)
     layer = calculate_maximum_sizes(base_of(model))[1][0]
     shares = [shared_out(memory, trained, layer, count, args.bf16 or args.fp16) for count in PROCESSES]
     lines = [line_of("GiB a process, as asked", (f"{count} GPUs" for count in PROCESSES))]

@@ -82,8 +82,7 @@ def with_last_layers_trained(model, count):
         raise ValueError(f"--train_last_layers must lie between 1 and {len(layers)}, not be {count}.")
     model.requires_grad_(False)
     layers[-count:].requires_grad_(True)
-    trained = sum(parameter.numel() for parameter in layers[-count:].parameters())
-    total = sum(parameter.numel() for parameter in model.parameters())
+    trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
     logger.info(f"Trainable parameters: {trained:,} of {total:,} ({trained / total:.3%}), the last {count} layers")
     return model
 

@@ -98,14 +98,19 @@ class AnswerFile:
         return kept
 
     def write(self, lines, mode):
-        with open(self.path, mode, encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_lines(self.path, lines, mode)
 
     def finish(self, lines):
         whole = replace(self, path=self.path.with_suffix(".sorted"))
         whole.write(lines, "w")
         whole.path.replace(self.path)
         self.unfinished.unlink()
+
+
+def write_lines(path, lines, mode):
+    """Objects as lines of JSON, into a new file ("w") or behind what is there ("a")."""
+    with open(path, mode, encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def made_with(model, rows, settings) -> str:

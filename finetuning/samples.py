@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from .chat_rows import RowFormat
 from .data_files import ROW_FEATURES, check_files
-from .prediction import generated_ids, search_options
+from .prediction import generated_ids, search_options, write_lines
 
 
 FILE = "samples.jsonl"
@@ -68,7 +68,8 @@ class SampleAnswers(TrainerCallback):
         path = Path(args.output_dir, FILE)
         if args.should_save and path.exists():
             whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-            write(path, [line for line in map(json.loads, whole.splitlines()) if line["step"] <= state.global_step])
+            lines = [line for line in map(json.loads, whole.splitlines()) if line["step"] <= state.global_step]
+            write_lines(path, lines, "w")
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps and not control.should_evaluate:
@@ -97,7 +98,7 @@ class SampleAnswers(TrainerCallback):
             for row, text in zip(self.rows, texts, strict=True)
         ]
         if args.should_save:
-            write(Path(args.output_dir, FILE), lines, "a")
+            write_lines(Path(args.output_dir, FILE), lines, "a")
         self.trainer.log({f"sample_{number}": line["answer"] for number, line in enumerate(lines, 1)})
 
 
@@ -106,8 +107,3 @@ def given_back(device):
     if device.type == "cpu":
         return torch.random.fork_rng([])
     return torch.random.fork_rng([device], device_type=device.type)
-
-
-def write(path, lines, mode="w"):
-    with open(path, mode, encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

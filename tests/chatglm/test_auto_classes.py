@@ -74,3 +74,13 @@ def test_tiny_checkpoint_leaves_foreign_files_alone(tmp_path):
     assert result.returncode == 2
     assert "did not write" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("version", ["v1", "v2", "v3"])
+def test_empty_pair_ends_like_any_pair(version, request):
+    tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(f"{version}_folder"))
+    ids = [*tokenizer("x")["input_ids"], tokenizer.eos_token_id]
+    assert tokenizer("x", "")["input_ids"] == ids and tokenizer(["x"], [""])["input_ids"] == [ids]
+    assert tokenizer("x", "", return_tensors="pt")["input_ids"].tolist() == [ids]
+    bare = {"add_special_tokens": False}
+    assert tokenizer("x", "", **bare)["input_ids"] == tokenizer("x", **bare)["input_ids"]

@@ -110,16 +110,6 @@ def test_texts_equal_the_original(tokenizer, recorded, group):
         assert tokenizer.decode(golden["ids_special"], skip_special_tokens=True) == golden["text"]
 
 
-def test_empty_pair_ends_like_any_pair(tokenizer):
-    ids = [*tokenizer("x")["input_ids"], tokenizer.eos_token_id]
-    assert tokenizer("x", "")["input_ids"] == ids and tokenizer(["x"], [""])["input_ids"] == [ids]
-    assert tokenizer("x", "", return_tensors="pt")["input_ids"].tolist() == [ids]
-    assert (
-        tokenizer("x", "", add_special_tokens=False)["input_ids"]
-        == tokenizer("x", add_special_tokens=False)["input_ids"]
-    )
-
-
 @pytest.mark.oldest
 def test_pairs_and_batches_equal_the_original(tokenizer, recorded):
     for pair in recorded["pairs"]:
