@@ -42,7 +42,7 @@ from pathlib import Path
 if __name__ == "__main__" and importlib.util.find_spec("finetuning"):
     from finetuning import flag_names
 
-    flag_names.check(__file__)  # a misspelt flag is told at once: what follows takes seconds
+    flag_names.check(__file__)  # a misspelt flag is told at once, and --help is: what follows takes seconds
 
 import datasets
 import peft
@@ -79,6 +79,7 @@ try:
         encoding,
         estimate,
         file_rows,
+        flag_names,
         flags,
         label_smoothing,
         launching,
@@ -312,12 +313,18 @@ ARGUMENT_CLASSES = (ModelArguments, DataTrainingArguments, *ADDED_ARGUMENTS, Tra
 
 def parsed_arguments():
     """One instance of each argument class, from the command line, and from a .json or .yaml file where it has one."""
-    parser = flags.FlagParser(ARGUMENT_CLASSES, ADDED_ARGUMENTS, description=__doc__.split("\n\n")[0])
-    parser.set_defaults(logging_steps=LOGGED_SHARE)  # in --help
+    parser = flag_parser()
     given = argument_files.given_arguments(parser, launching.prepared_words(sys.argv[1:]), ARGUMENT_CLASSES)
     adapters.check_init(given)
     defaults = {**our_defaults(given), **scores.metric_defaults(given), **progress.bar_defaults(given)}
     return parser.parse_dict({**defaults, **launching.on_one_processor(given)})
+
+
+def flag_parser():
+    stamp = flag_names.help_stamp(__file__)
+    parser = flags.FlagParser(ARGUMENT_CLASSES, ADDED_ARGUMENTS, description=__doc__.split("\n\n")[0], epilog=stamp)
+    parser.set_defaults(logging_steps=LOGGED_SHARE)  # in --help
+    return parser
 
 
 def our_defaults(given) -> dict:

@@ -1,15 +1,25 @@
-"""Which words of the command line name no flag? Says so before the libraries are imported, which takes seconds."""
+"""Which words of the command line name no flag, and which flags are there?
+
+Both are answered before the libraries are imported, which takes seconds.
+"""
 
 import argparse
 import ast
+import hashlib
 import re
 import sys
+from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 from .mistakes import did_you_mean, reported
 
+
+HELP = Path(__file__).with_name(
+    "help.txt"
+)  # what --help printed with the locked transformers: a test holds it to that
 
 # Flags that transformers renamed or dropped, and those of other programs for ChatGLM and LoRA: what to write here.
 # fmt: off
@@ -106,10 +116,20 @@ OTHER_NAMES = {
 def check(script):
     """End the program with a sentence if a word of its command line names no flag, or a number is none.
 
-    The flags are read from the source of the script's argument classes and of TrainingArguments. All else is left to
-    `FlagParser`, which knows what they mean.
+    A call for help is answered from `HELP` where that is the script's. The flags are read from the source of the
+    script's argument classes and of TrainingArguments. All else is left to `FlagParser`, which knows what they mean.
     """
+    if {"-h", "--help"} & set(sys.argv[1:]) and HELP.read_text("utf-8").endswith(f"{help_stamp(script)}\n"):
+        print(HELP.read_text("utf-8"), end="")
+        sys.exit()
     reported(partial(check_words, sys.argv[1:], script))()
+
+
+def help_stamp(script) -> str:
+    """The last line of the help of a script: it changes with the flags that the help shows."""
+    fields = "\n".join(text for _, text in argument_fields(script))
+    digest = hashlib.sha256(fields.encode()).hexdigest()[:12]
+    return f"With the flags of transformers {version('transformers')}; fingerprint of the script's own: {digest}."
 
 
 def check_words(words, script):
@@ -131,16 +151,24 @@ class NameParser(argparse.ArgumentParser):
         raise ValueError(without_usage(message))
 
 
+def argument_fields(path) -> Iterator[tuple[ast.AnnAssign, str]]:
+    """The fields of the argument classes in a source file, each with its text."""
+    source = Path(path).read_text("utf-8")
+    lines = source.splitlines()
+    for declared in ast.parse(source).body:
+        if isinstance(declared, ast.ClassDef) and declared.name.endswith("Arguments"):
+            for field in (each for each in declared.body if isinstance(each, ast.AnnAssign)):
+                yield field, "\n".join(lines[field.lineno - 1 : field.end_lineno])
+
+
 def declared_flags(path) -> dict[str, str]:
     """The flags that the argument classes in a source file make, each with its type as it is written."""
     found = {}
-    for declared in ast.parse(Path(path).read_bytes()).body:
-        if isinstance(declared, ast.ClassDef) and declared.name.endswith("Arguments"):
-            for field in (each for each in declared.body if isinstance(each, ast.AnnAssign)):
-                name, annotation = field.target.id, ast.unparse(field.annotation)
-                found[name] = annotation
-                if annotation in ("bool", "bool | None") and is_on(field.value):
-                    found[f"no_{name}"] = "bool"
+    for field, _ in argument_fields(path):
+        name, annotation = field.target.id, ast.unparse(field.annotation)
+        found[name] = annotation
+        if annotation in ("bool", "bool | None") and is_on(field.value):
+            found[f"no_{name}"] = "bool"
     return found
 
 

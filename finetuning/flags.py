@@ -169,4 +169,5 @@ def help_text(parser, first) -> str:
         formatter.start_section(title)
         formatter.add_arguments(actions)
         formatter.end_section()
+    formatter.add_text(parser.epilog)
     return formatter.format_help()

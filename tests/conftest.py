@@ -9,11 +9,8 @@ import tempfile
 
 # Before any library is imported: nothing is downloaded, and caches are thrown away with the run. A lock that a killed
 # compilation left in the user's own folder of extensions would stop every run with DeepSpeed.
-CACHES = tempfile.mkdtemp(prefix="caches_of_tests_")
-os.environ.update(
-    HF_HUB_OFFLINE="1", HF_HOME=CACHES, TORCH_EXTENSIONS_DIR=CACHES + "/torch_extensions",
-    TOKENIZERS_PARALLELISM="false",
-)  # fmt: skip
+os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="hf_home_"), TOKENIZERS_PARALLELISM="false")
+os.environ.update(TORCH_EXTENSIONS_DIR=os.environ["HF_HOME"] + "/torch_extensions")
 
 import comparing
 import merge_lora
@@ -29,7 +26,7 @@ import run_chatglm_lora
 
 
 def pytest_unconfigure():
-    shutil.rmtree(CACHES, ignore_errors=True)
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

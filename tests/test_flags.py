@@ -6,17 +6,18 @@ import sys
 from dataclasses import fields
 
 import pytest
+import transformers
 from tiny import ROOT
 from transformers import training_args
 
 import run_chatglm_lora
 from finetuning import flag_names, flags
-from run_chatglm_lora import ADDED_ARGUMENTS, ARGUMENT_CLASSES, ChatArguments, LoraArguments
+from run_chatglm_lora import ARGUMENT_CLASSES, ChatArguments, LoraArguments
 
 
 @pytest.fixture(scope="module")
 def help_text():
-    return flags.FlagParser(ARGUMENT_CLASSES, ADDED_ARGUMENTS).format_help()
+    return run_chatglm_lora.flag_parser().format_help()
 
 
 def headings(text):
@@ -42,6 +43,30 @@ def test_help_shows_every_flag_once_under_one_spelling(help_text):
 def test_what_turns_a_flag_off_has_a_text_of_its_own(help_text):
     assert re.search(r"--no_use_lora +Turns --use_lora off\.", help_text)
     assert not re.search(r"--no_\w+ +(?!Turns)\S", help_text.replace("; --no_", ""))
+
+
+def test_help_that_is_kept_in_a_file_is_the_one_of_the_parser(help_text):
+    """To write it anew: python run_chatglm_lora.py --help >help.txt && mv help.txt finetuning"""
+    if f"transformers=={transformers.__version__}" not in (ROOT / "requirements.lock").read_text():
+        pytest.skip(f"it is for the transformers of requirements.lock, not {transformers.__version__}")
+    assert flag_names.HELP.read_text("utf-8") == help_text
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_is_shown_before_torch_is_imported(flag):
+    command = [sys.executable, "-X", "importtime", str(ROOT / "run_chatglm_lora.py"), "--output_dir", "x", flag]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    if f"transformers {transformers.__version__};" in flag_names.HELP.read_text("utf-8"):
+        assert not re.search(r"\| +(torch|transformers)$", ended.stderr, re.M)
+    assert ended.returncode == 0 and ended.stdout.startswith(f"usage: {flags.USAGE}\n")
+
+
+def test_help_of_a_script_with_a_flag_of_its_own_shows_that(tmp_path):
+    source = (ROOT / "run_chatglm_lora.py").read_text("utf-8")
+    marked = '    system_prompt: str | None = argument(None, "System'
+    assert marked in source
+    (tmp_path / "mine.py").write_text(source.replace(marked, marked + " (mine)"), "utf-8")
+    assert flag_names.help_stamp(tmp_path / "mine.py") != flag_names.help_stamp(ROOT / "run_chatglm_lora.py")
 
 
 def test_trainer_flags_are_sorted_by_the_headings_of_its_docstring():
