@@ -2,12 +2,14 @@
 
     python scripts/compare_tools.py [--work comparison] [--only ours,llamafactory] [--rounds 3] [--steps 30]
     python scripts/compare_tools.py --encoding [--rows 114000]     rows a second that each tool encodes
+    python scripts/compare_tools.py --flags                        ours alone, with one flag more or less
 
 LLaMA-Factory, ms-swift, TRL and plain Trainer are installed into environments of their own under the folder of --work,
 and stay there. All train a random GLM-4 of 8 layers, 256 wide, with 65,024 rows in the embedding: theirs in the layout
 of transformers' GlmForCausalLM, ours, the same weights, as GLM-4 is published. The 1,070 rows are made here in
 AdvertiseGen's lengths. LoRA of rank 8 on all linear layers without dropout, AdamW at 1e-3, 8 rows a step (packs of
-1,024 tokens, about 8 rows, where a tool packs), float32 on a CPU; each tool otherwise at its own best.
+1,024 tokens, about 8 rows, where a tool packs), float32 on a CPU; each tool otherwise at its own best. With --flags a
+ChatGLM-6B of these sizes comes along, too.
 
 The tools run in turns, so that a noisy machine harms all alike. The table has the medians of the rounds with their
 range: rows a second once the first steps are over, the peak memory of a run's largest process, the losses of the first
@@ -97,12 +99,20 @@ TRL = (
 )
 PLAIN = f"{{python}} {REPOSITORY}/scripts/plain_trainer.py"
 TRAINER = "--model_name_or_path {native} --train_file {data}/rows.jsonl"
+
+
+def ours(setting: str, flags: str = "", name: str = "ours", model: str = "published", variable: str = "") -> Tool:
+    """This project's script with more flags, and with a variable in its environment."""
+    always = (
+        f"--model_name_or_path {{{model}}} --train_file {{data}}/rows.jsonl --max_target_length 256 --lora_dropout 0 "
+        "--lora_target_modules all-linear --preprocessing_num_workers 2 --do_train"
+    )
+    program = f"env {variable} {{python}} {REPOSITORY}/run_chatglm_lora.py"
+    return Tool(name, setting, "ours", program, f"{always} {flags}")
+
+
 TOOLS = [
-    Tool(
-        "ours", "as it comes", "ours", f"{{python}} {REPOSITORY}/run_chatglm_lora.py",
-        "--model_name_or_path {published} --train_file {data}/rows.jsonl --max_target_length 256 --lora_dropout 0 "
-        "--lora_target_modules all-linear --preprocessing_num_workers 2 --do_train",
-    ),
+    ours("as it comes"),
     Tool("LLaMA-Factory", "padded to the longest", "llamafactory", "{bin}/llamafactory-cli train", LLAMAFACTORY),
     Tool(
         "LLaMA-Factory", "neat packing", "llamafactory", "{bin}/llamafactory-cli train",
@@ -124,6 +134,28 @@ TOOLS = [
         TRAINER + " --pad_to 1152",
     ),
 ]  # fmt: skip
+
+PADDED = "--no_padding_free --train_sampling_strategy group_by_length"
+WAYS = [  # of ours, for --flags
+    ours("as it comes"),
+    ours("padded, by length", PADDED),
+    ours("packed into 1,024 tokens", "--pack_to_length 1024 --per_device_train_batch_size 1"),
+    ours("LoRA's default dropout", "--lora_dropout 0.1"),
+    ours("AdamW without the fused kernel", "--optim adamw_torch"),
+    ours("checkpoints of all layers", "--activation_checkpointing"),
+    ours(
+        "checkpoints of every second layer",
+        """--activation_checkpointing --activation_checkpointing_kwargs '{{"every_n_layers": 2}}'""",
+    ),
+    ours("bfloat16 (autocast)", "--bf16"),
+    ours("weights in bfloat16", "--dtype bfloat16"),
+    ours("8 bits", "--load_in_8bit"),
+    ours("4 bits", "--load_in_4bit"),
+    ours("compiled", "--torch_compile"),
+    ours("compiled by layers", "--torch_compile", variable="ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=true"),
+    ours("as it comes", name="ours, ChatGLM-6B", model="first"),
+    ours("padded, by length", PADDED, name="ours, ChatGLM-6B", model="first"),
+]
 
 
 def random_rows(count: int, seed: int = 0) -> list[list[dict]]:
@@ -155,10 +187,11 @@ def write_models(work: Path, data: Path):
     published, native, adapter = work / "published", work / "native", work / "adapter"
     if native.exists():
         return
-    called(
-        REPOSITORY / "scripts/tiny_chatglm.py", published, "--text", data / "rows.jsonl", "--generation", "glm4",
-        "--num_layers", 8, "--hidden_size", 256, "--vocab_size", VOCABULARY, "--embedding_rows", 65024,
-    )  # fmt: skip
+    for folder, generation in ((work / "first", "chatglm"), (published, "glm4")):
+        called(
+            REPOSITORY / "scripts/tiny_chatglm.py", folder, "--text", data / "rows.jsonl", "--generation", generation,
+            "--num_layers", 8, "--hidden_size", 256, "--vocab_size", VOCABULARY, "--embedding_rows", 65024,
+        )  # fmt: skip
     called(
         REPOSITORY / "run_chatglm_lora.py", "--model_name_or_path", published, "--train_file", data / "rows.jsonl",
         "--do_train", "--max_steps", 1, "--max_train_samples", 8, "--output_dir", adapter, "--use_cpu",
@@ -195,7 +228,7 @@ def environment_python(work: Path, name: str) -> Path:
 def command_of(tool: Tool, work: Path, data: Path, steps: int) -> list[str]:
     python = environment_python(work, tool.environment)
     places = {"python": python, "bin": python.parent, "run": work / "run", "data": data, "steps": steps}
-    places |= {layout: work / layout for layout in ("native", "published")}
+    places |= {layout: work / layout for layout in ("native", "published", "first")}
     cpu = "" if shutil.which("nvidia-smi") else " --use_cpu true"
     return shlex.split(f"{tool.program} {COMMON}{cpu} {tool.flags}".format(**places))
 
@@ -303,6 +336,7 @@ def main():
     parser.add_argument("--limit", type=float, default=300, help="seconds after which a run is ended (default 300)")
     parser.add_argument("--encoding", action="store_true", help="measure the rows a second that are encoded instead")
     parser.add_argument("--rows", type=int, default=114_000, help="rows for --encoding (default 114,000)")
+    parser.add_argument("--flags", action="store_true", help="measure ours with several flags instead")
     arguments = parser.parse_args()
     work, chosen = arguments.work.resolve(), arguments.only.split(",")
     if arguments.steps < WARM_UP + 2:
@@ -314,7 +348,8 @@ def main():
         write_rows(folder, rows)
     write_models(work, data[ROWS])
     results, failures = {}, {}
-    for turn, tool in product(range(arguments.rounds), [tool for tool in TOOLS if tool.environment in chosen]):
+    tools = WAYS if arguments.flags else [tool for tool in TOOLS if tool.environment in chosen]
+    for turn, tool in product(range(arguments.rounds), tools):
         if tool in failures:
             continue
         try:
@@ -336,7 +371,7 @@ def main():
             "\n".join(f"* {environment}: {versions(work, environment)}" for environment in used),
         ]
     )
-    name = "encoding" if arguments.encoding else "training"
+    name = "encoding" if arguments.encoding else "flags" if arguments.flags else "training"
     (work / f"{name}.md").write_text(report + "\n", encoding="utf-8")
     runs = {f"{tool.name}, {tool.setting}": found for tool, found in results.items()}
     (work / f"{name}.json").write_text(json.dumps(runs, indent=2) + "\n")

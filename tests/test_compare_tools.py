@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 from compare_tools import Step, figures, table
 from row_lengths import ANSWER_TOKENS, PERCENTILES, PROMPT_TOKENS
+from tiny import ROOT
+
+from finetuning import flag_names
 
 
 def test_rows_have_the_lengths_of_advertisegen_and_are_the_same_in_all_files(tmp_path):
@@ -58,3 +61,9 @@ def test_table_compares_medians_with_the_first_tool_and_names_what_failed():
 def test_reason_of_a_failure_is_the_last_line_with_words():
     assert compare_tools.last_line("Traceback\nValueError: no flash\n\n  ^^^\n") == "ValueError: no flash"
     assert compare_tools.last_line("") == "it wrote nothing"
+
+
+@pytest.mark.parametrize("way", compare_tools.WAYS, ids=lambda way: f"{way.name}, {way.setting}")
+def test_flags_of_each_way_are_those_of_the_script(tmp_path, way):
+    words = compare_tools.command_of(way, tmp_path, tmp_path, steps=4)
+    flag_names.check_words(words[words.index(str(ROOT / "run_chatglm_lora.py")) + 1 :], ROOT / "run_chatglm_lora.py")
