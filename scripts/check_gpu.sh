@@ -15,4 +15,4 @@ if [ -n "${WHEELS:-}" ]; then
     "$python" -m pip install --quiet --no-index --no-deps --target "$site" "$WHEELS"/*.whl
     export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 fi
-HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false "$python" scripts/check_gpu.py "$@"
+HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false "$python" scripts/benchmarks/check_gpu.py "$@"

@@ -36,7 +36,7 @@ from typing import NamedTuple
 
 import numpy as np
 import psutil
-from row_lengths import advertisegen_lengths
+from benchmarks.row_lengths import advertisegen_lengths
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -97,7 +97,7 @@ TRL = (
     "--lora_r 8 --lora_alpha 32 --lora_dropout 0 --lora_target_modules all-linear --max_length 1024 --bf16 false "
     "--gradient_checkpointing false"
 )
-PLAIN = f"{{python}} {REPOSITORY}/scripts/plain_trainer.py"
+PLAIN = f"{{python}} {REPOSITORY}/scripts/benchmarks/plain_trainer.py"
 TRAINER = "--model_name_or_path {native} --train_file {data}/rows.jsonl"
 
 

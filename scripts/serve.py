@@ -15,10 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import transformers
-from chat import add_model_flags, add_sampling_flags, chatbot
-
-from finetuning.self_checks import SelfCheckFailed
+from answering import flags
 
 
 NEEDED = ("pydantic", "starlette", "uvicorn")
@@ -27,8 +24,8 @@ LOOPBACK = ("127.0.0.1", "localhost")
 
 def parsed_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_flags(parser)
-    add_sampling_flags(parser)
+    flags.add_model_flags(parser)
+    flags.add_sampling_flags(parser)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="0.0.0.0: let other computers in (default: this one alone)")
     group.add_argument("--port", type=int, default=8000)
@@ -36,7 +33,6 @@ def parsed_arguments() -> argparse.Namespace:
     group.add_argument("--name", help="the model's name for clients (default: the last part of MODEL)")
     group.add_argument("--max_prompt_tokens", type=int, help="longest prompt (default: what the model has room for)")
     group.add_argument("--max_waiting", type=int, default=16, help="requests that may wait (default %(default)s)")
-    parser.set_defaults(tools=None)  # each request brings its own
     return parser.parse_args()
 
 
@@ -44,12 +40,19 @@ def main():
     arguments = parsed_arguments()
     if missing := [name for name in NEEDED if not importlib.util.find_spec(name)]:
         sys.exit(f"serve.py needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    import uvicorn  # late, as what imports Starlette: they are optional
-    from completions import Server
-
-    transformers.utils.logging.set_verbosity_error()
     try:
-        bot = chatbot(arguments)
+        options = flags.generation_options(arguments)
+    except ValueError as error:
+        sys.exit(f"serve.py: {error}")
+
+    import uvicorn  # late: optional, as is Starlette; and torch takes seconds, which --help and mistakes need not wait
+    from answering.completions import Server
+    from answering.loading import chatbot
+
+    from finetuning.self_checks import SelfCheckFailed
+
+    try:
+        bot = chatbot(arguments, options)
     except (OSError, ValueError, SelfCheckFailed) as error:
         sys.exit(f"serve.py: {error}")
     name = arguments.name or Path(arguments.model).resolve().name

@@ -1,26 +1,19 @@
-#!/usr/bin/env python
-"""Say where the time of a training step on a CPU goes: docs/performance.md has a table of it.
+"""The parts of a training step on a CPU, with all callbacks of a run, and the time of each."""
 
-    python scripts/profile_step.py [--shape tiny] [--steps 5] [--batch_size 8] [--optim adamw_torch]
-
-The model, its adapter and its rows are those of scripts/benchmark.py (way `ours`), with all callbacks of a run. Each
-operation counts where it was called from or, failing that, by its shapes: the head has the vocabulary among them,
-LoRA's small matrices the rank. What is no operation is Python: Trainer, modules, autograd.
-"""
-
-import argparse
 import tempfile
 from collections import Counter
-from pathlib import Path
 
-import benchmark
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from finetuning import batches
 from finetuning.safeguards import StopOnSignal
 from finetuning.self_checks import SelfChecks
 from finetuning.throughput import Throughput
 from finetuning.training_checks import TrainingChecks
+from run_chatglm_lora import ChatArguments
+
+from .training import STATIC_LENGTH, adapted, random_model, random_rows
 
 
 OURS = "ours: "
@@ -60,6 +53,14 @@ class Profiled(TrainerCallback):
         self.profile.stop()
 
 
+class TrainingChecksWithoutText(TrainingChecks):
+    """Rows of random ids have no text that could be shown."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        tokenizer = type("NoText", (), {"decode": staticmethod(lambda ids: "")})
+        super().on_train_begin(args, state, control, **{**kwargs, "processing_class": tokenizer})
+
+
 def ancestors(event):
     while event is not None:
         yield event.name
@@ -91,44 +92,23 @@ def shares(events, vocabulary, rank) -> dict[str, float]:
     return dict(parts.most_common())
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="tiny", choices=benchmark.SHAPES)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--optim", default=TrainingArguments.default_optim)
-    options = parser.parse_args()
-    model = benchmark.adapted(benchmark.random_model(options.shape, "cpu"))
-    vocabulary, steps = model.config.vocab_size, WARM_UP + options.steps
-    rows = benchmark.random_rows(steps * options.batch_size, model.config)
+def milliseconds_of_steps(shape: str, count: int, batch_size: int, optim: str | None) -> dict[str, float]:
+    """Milliseconds of each part in all of `count` steps; `optim` is a name of Trainer's (None: its default)."""
+    model, steps = adapted(random_model(shape, "cpu")), WARM_UP + count
+    rows = random_rows(steps * batch_size, model.config)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
-            Path(folder), max_steps=steps, per_device_train_batch_size=options.batch_size, optim=options.optim,
-            report_to="none", logging_steps=steps, logging_nan_inf_filter=False, save_strategy="no", use_cpu=True,
-            disable_tqdm=True, remove_unused_columns=False, train_sampling_strategy="sequential",
+            folder, max_steps=steps, per_device_train_batch_size=batch_size, report_to="none", logging_steps=steps,
+            logging_nan_inf_filter=False, save_strategy="no", use_cpu=True, disable_tqdm=True,
+            optim=optim or TrainingArguments.default_optim, remove_unused_columns=False,
+            train_sampling_strategy="sequential",
         )  # fmt: skip
-        chat_args = benchmark.ChatArguments()
-        collator = benchmark.batches.chat_collator(0, chat_args, args, benchmark.STATIC_LENGTH)
+        chat_args = ChatArguments()
+        collator = batches.chat_collator(0, chat_args, args, STATIC_LENGTH)
         profiled, stop = Profiled(), StopOnSignal()
         checks = SelfChecks(collator, {"train": rows}, chat_args, 0, is_pretrained=False)
         callbacks = [checks, *map(marked, (stop, TrainingChecksWithoutText(), Throughput())), profiled]
         trainer = Trainer(model, args, data_collator=collator, train_dataset=rows, callbacks=callbacks)
         with stop:
             trainer.train()
-    parts = shares(profiled.profile.events(), vocabulary, model.peft_config["default"].r)
-    whole = sum(parts.values())
-    print(f"| part | ms a step | share |\n|---|---|---|\n| all | {whole / options.steps:.1f} | |")
-    for name, milliseconds in parts.items():
-        print(f"| {name} | {milliseconds / options.steps:.2f} | {milliseconds / whole:.1%} |")
-
-
-class TrainingChecksWithoutText(TrainingChecks):
-    """Rows of random ids have no text that could be shown."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        tokenizer = type("NoText", (), {"decode": staticmethod(lambda ids: "")})
-        super().on_train_begin(args, state, control, **{**kwargs, "processing_class": tokenizer})
-
-
-if __name__ == "__main__":
-    main()
+    return shares(profiled.profile.events(), model.config.vocab_size, model.peft_config["default"].r)

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import compile_regions
-from benchmark import adapted, random_model, random_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from benchmarks.training import adapted, random_model, random_rows
 from finetuning.batches import FlattenedCollator, PaddedCollator, chat_collator
 from finetuning.self_checks import SelfChecks
 from run_chatglm_lora import ChatArguments
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 GOLDENS = ROOT / "tests/chatglm/goldens/model"
 RECORDED = {  # version: a case with labels, and one of generation
     "v1": ("auto_train_rightpad", "batch_leftpad"),

@@ -1,4 +1,4 @@
-// Draws the conversation of scripts/chat_page.py into Gradio's HTML component, which gives `element`, `props`, `watch`
+// Draws the conversation of scripts/answering/chat_page.py into Gradio's HTML component, which gives `element`, `props`, `watch`
 // and `trigger`. All text goes in as text: nothing that a model or a user writes becomes markup.
 
 const words = props.words[navigator.language.startsWith("zh") ? "zh" : "en"];

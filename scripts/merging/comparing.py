@@ -7,15 +7,16 @@ import tempfile
 from pathlib import Path
 
 import torch
-from merging import Merge
-from opening import opened, opened_base
+from answering.opening import opened, opened_base
 from safetensors.torch import load_file
 
 from chatglm.modeling_chatglm import ChatGLMRotaryEmbedding
 from finetuning.self_checks import check_cached, relative_difference, rounding_bound
 
+from .weights import Merge
 
-ROOT = Path(__file__).resolve().parent.parent
+
+ROOT = Path(__file__).resolve().parents[2]
 MESSAGES = [{"role": "user", "content": "你好！请介绍一下你自己。\n\ndef add(a, b):\n    return a + b  # 3.14"}]
 
 # Relative error of the logits, as a vector, up to which two models are the same: rounding merged weights to 16 bits

@@ -1,6 +1,6 @@
 """LoRA under transformers' Trainer and PEFT alone, as guides write it: one of the tools of scripts/compare_tools.py.
 
-    python scripts/plain_trainer.py --model_name_or_path FOLDER --train_file FILE.jsonl --output_dir OUT
+    python scripts/benchmarks/plain_trainer.py --model_name_or_path FOLDER --train_file FILE.jsonl --output_dir OUT
         [--pad_to 1152] [--preprocessing_num_workers 2] [flags of TrainingArguments]
 
 A row of the file has `messages`; the last one is trained. Nothing here is of this project.

@@ -4,11 +4,12 @@ import time
 from itertools import cycle, islice
 
 import torch
-from benchmark import SHAPES, STATIC_LENGTH, adapted, packs_of, random_model, random_rows, speed, trained
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
+from benchmarks.shapes import SHAPES
+from benchmarks.training import STATIC_LENGTH, adapted, packs_of, random_model, random_rows, speed, trained
 from finetuning.batches import FlattenedCollator
 from finetuning.prediction import generated_ids
 

@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 
 import peft
-from merging import Merge
 from safetensors.torch import save_file
 
 from chatglm.native import native_tensors, native_tokenizer
 from finetuning.adapters import KEEP_THE_BASE
+
+from .weights import Merge
 
 
 def write_json(path: Path, content: dict):

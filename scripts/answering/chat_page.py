@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from chatbot import Chatbot, next_message, training_row
+
+from .chatbot import Chatbot, next_message, training_row
 
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported

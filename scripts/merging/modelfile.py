@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from merging import Merge
+from .weights import Merge
 
 
 GGUF = "model.gguf"  # what the Modelfile expects beside it

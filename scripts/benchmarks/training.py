@@ -1,85 +1,37 @@
-#!/usr/bin/env python
-"""Train the same model on the same rows in several ways, and print what each costs.
+"""Random models with LoRA, trained on random rows under Trainer in each of the ways, and what that costs."""
 
-    python scripts/benchmark.py [--output FILE.json] [--steps 10] [--shape tiny|chatglm3-6b|glm-4-9b|...]
-
-static    every row padded to 1024 + 128 tokens, logits of every position: the recipe of the ChatGLM guides
-dynamic   rows padded to the longest of their batch, logits of every position: what other tools do
-ours      rows end to end without padding, logits where an answer is: the default of run_chatglm_lora.py
-packed    rows gathered into packs of 8,192 tokens (of 1,024 in the tiny shape): --pack_to_length
-
-Each way runs in a process of its own, under Trainer, with LoRA of rank 8 without dropout, so that the losses of the
-first three are the same. The rows are random tokens in the lengths of AdvertiseGen (1,070 rows in GLM-4's vocabulary).
-"""
-
-import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import peft
 import torch
-from row_lengths import advertisegen_lengths
 from torch.nn.functional import cross_entropy
 from transformers import BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from chatglm import (  # noqa: E402
+from chatglm import (
     ChatGLM6BConfig,
     ChatGLM6BForConditionalGeneration,
     ChatGLMConfig,
     ChatGLMForConditionalGeneration,
 )
-from finetuning import batches  # noqa: E402
-from finetuning.self_checks import SelfChecks  # noqa: E402
-from finetuning.throughput import peak_memory  # noqa: E402
-from run_chatglm_lora import ChatArguments  # noqa: E402
+from finetuning import batches
+from finetuning.self_checks import SelfChecks
+from finetuning.throughput import peak_memory
+from run_chatglm_lora import ChatArguments
+
+from .row_lengths import advertisegen_lengths
+from .shapes import SHAPES
 
 
-WAYS = ("static", "dynamic", "ours", "packed")
 STATIC_LENGTH = 1024 + 128
 WARM_UP = 2  # steps that are not timed
 FORMAT_TOKENS = 6  # [gMASK] sop <|user|> \n ... <|assistant|> \n
-
-
-class Shape(NamedTuple):
-    """What a model is built with, and how many tokens a pack holds."""
-
-    config: type
-    sizes: dict[str, Any]
-    pack: int = 8192
-
-
-def second_generation(**sizes) -> Shape:
-    released = {"generation": "chatglm3", "seq_length": 8192, "add_qkv_bias": True}
-    return Shape(ChatGLMConfig, {**released, "multi_query_attention": True, "multi_query_group_num": 2, **sizes})
-
-
-NANO = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
-NARROW = {"num_layers": 8, "hidden_size": 256, "num_attention_heads": 8}
-SHAPES = {
-    "nano": second_generation(**NANO, ffn_hidden_size=128, kv_channels=16, padded_vocab_size=2048)._replace(pack=512),
-    "nano-6b": Shape(ChatGLM6BConfig, {**NANO, "inner_hidden_size": 128, "vocab_size": 2048, "bos_token_id": 2004,
-                                       "eos_token_id": 2005, "mask_token_id": 2000, "gmask_token_id": 2001}, pack=512),
-    "tiny": second_generation(**NARROW, ffn_hidden_size=684, kv_channels=32)._replace(pack=1024),
-    "tiny-6b": Shape(ChatGLM6BConfig, {**NARROW, "inner_hidden_size": 1024}, pack=1024),
-    "chatglm-6b": Shape(ChatGLM6BConfig, {"vocab_size": 130528, "bos_token_id": 130004, "eos_token_id": 130005,
-                                          "mask_token_id": 130000, "gmask_token_id": 130001}),
-    "chatglm2-6b": second_generation(),
-    "chatglm3-6b": second_generation(),
-    "glm-4-9b": second_generation(num_layers=40, padded_vocab_size=151552),
-}  # fmt: skip
 MODELS = {ChatGLMConfig: ChatGLMForConditionalGeneration, ChatGLM6BConfig: ChatGLM6BForConditionalGeneration}
 
 
 def configuration(shape):
-    return SHAPES[shape].config(**SHAPES[shape].sizes)
+    return ChatGLMConfig.from_dict({"model_type": "chatglm", **SHAPES[shape].sizes})
 
 
 def random_rows(count, config, seed=0) -> list[dict]:
@@ -224,42 +176,3 @@ def measured(way, shape, steps, batch_size) -> dict:
     """One way's figures, of a model of its own."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return speed(adapted(random_model(shape, device)), way, shape, steps, batch_size)
-
-
-def table(results) -> str:
-    """The figures of all ways, one line each, with their rates against the padded ways'."""
-    columns = list(results[WAYS[0]])
-    lines = [["way", *columns, "against static", "against dynamic"]]
-    for way, figures in results.items():
-        speeds = [figures["samples_per_second"] / results[other]["samples_per_second"] for other in WAYS[:2]]
-        lines.append([way, *(f"{figures[name]:.4g}" for name in columns), *(f"{speed:.2f} x" for speed in speeds)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join(rows)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of each way (default 10)")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--shape", choices=SHAPES, default="tiny", help="of the random model (default tiny)")
-    parser.add_argument("--way", choices=WAYS, help="measure this way only, in this process, and print it as JSON")
-    options = parser.parse_args()
-    if options.way:
-        print(json.dumps(measured(options.way, options.shape, options.steps, options.batch_size)))
-        return
-    results = {}
-    for way in WAYS:
-        print(f"Training in the way '{way}' ...", file=sys.stderr, flush=True)
-        command = [sys.executable, __file__, "--way", way, "--steps", str(options.steps)]
-        command += ["--shape", options.shape, "--batch_size", str(options.batch_size)]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        results[way] = json.loads(output.splitlines()[-1])
-    print(table(results))
-    if options.output:
-        options.output.write_text(json.dumps(results, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Answer the same questions in several ways, and print answers a second and whether all ways give the same ids.
 
-    python scripts/answer_speed.py [--rows 64] [--batch_sizes 1 8 32] [--tokens 64] [--shape tiny]
+    python scripts/benchmarks/answer_speed.py [--rows 64] [--batch_sizes 1 8 32] [--tokens 64] [--shape tiny]
 
 unsorted     batches in the order of the rows
 sorted       rows of like length share a batch: what --do_predict does
@@ -16,55 +16,16 @@ answers are as long as they may be, which is the worst case for `continuous`.
 import argparse
 import sys
 import time
+from pathlib import Path
 
-import torch
-from benchmark import SHAPES, adapted, random_model, random_rows
-from transformers import ContinuousBatchingConfig, GenerationConfig, set_seed
 
-from finetuning.prediction import generated_ids
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.shapes import SHAPES
 
 
 END_SHARE = 0.01
-PAGE = 32  # tokens
-
-
-def prompts_of(rows) -> list[list[int]]:
-    """The part of each row that is not trained."""
-    return [[id for id, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100] for row in rows]
-
-
-def in_batches(model, prompts, order, size, search) -> list[list[int]]:
-    """The answers in the order of the prompts, generated in batches of the given order."""
-    answers = [None] * len(prompts)
-    for start in range(0, len(order), size):
-        numbers = order[start : start + size]
-        ids = generated_ids(model, [prompts[number] for number in numbers], pad_token_id=0, **search)
-        answers = [ids[numbers.index(n)] if n in numbers else answers[n] for n in range(len(prompts))]
-    return answers
-
-
-def without_continuous_batching(way, model, prompts, size, search):
-    order = list(range(len(prompts)))
-    if way != "unsorted":
-        order.sort(key=lambda number: -len(prompts[number]))
-    more = {"cache_implementation": "static", "disable_compile": True} if way == "static" else {}
-    return in_batches(model, prompts, order, size, {**search, **more})
-
-
-def continuous(model, prompts, size, search):
-    """The answers with `size` rows at a time; by default the library takes 60 % of a CPU's memory for their cache."""
-    config = GenerationConfig(**search, pad_token_id=0, use_cache=True)
-    pages = 2 + max(map(len, prompts)) // PAGE + search["max_new_tokens"] // PAGE  # of a row
-    limits = ContinuousBatchingConfig(
-        page_size=PAGE, num_blocks=size * pages, max_requests_per_batch=size, max_batch_tokens=1024
-    )
-    outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=limits)
-    return [outputs[name].generated_tokens for name in sorted(outputs, key=lambda name: int(name.split("_")[-1]))]
-
-
-def up_to_end(ids, ends) -> list[int]:
-    """An answer without what follows its end token."""
-    return ids[: next((place for place, id in enumerate(ids, 1) if id in ends), len(ids))]
 
 
 def main():
@@ -75,6 +36,13 @@ def main():
     parser.add_argument("--shape", choices=SHAPES, default="tiny", help="of the random model (default tiny)")
     parser.add_argument("--ways", nargs="+", default=["unsorted", "sorted", "static", "continuous"])
     options = parser.parse_args()
+
+    import torch  # late, as all that imports it: --help and mistakes need none
+    from transformers import set_seed
+
+    from benchmarks.answers import continuous, prompts_of, up_to_end, without_continuous_batching
+    from benchmarks.training import adapted, random_model, random_rows
+
     model = adapted(random_model(options.shape, "cuda" if torch.cuda.is_available() else "cpu")).eval()
     vocabulary = model.config.vocab_size
     prompts = prompts_of(random_rows(options.rows, model.config))
@@ -99,4 +67,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

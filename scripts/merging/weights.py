@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -12,6 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from chatglm.configuration_chatglm import SECOND_GENERATION
 from chatglm.native import native_config, native_tensors
 from chatglm.quantization import dequantized_weight
 from finetuning.adapters import adapter_config, base_of, local_folder
@@ -69,10 +71,8 @@ class Adapter:
 
     def __init__(self, folder: Path, config: peft.LoraConfig):
         self.folder, self.config = folder, config
-        self.layers, self.replaced = (
-            defaultdict(dict),
-            {},
-        )  # tensors of adapted layers; weights that were trained whole
+        self.layers = defaultdict(dict)  # module: its tensors by the names of their parts
+        self.replaced = {}  # weights that were trained whole
         for name, tensor in peft.utils.load_peft_weights(str(folder), device="cpu").items():
             name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
             module, is_lora, part = name.partition(".lora_")
@@ -209,3 +209,20 @@ class Merge:
         """Shape and dtype of the merged weight, without data."""
         weight = self.base.tensor(name, "meta")
         return weight.to(getattr(torch, self.arguments.dtype)) if self.arguments.dtype else weight
+
+
+def remarks(merge: Merge) -> Iterator[str]:
+    """What a user should know about this merge."""
+    stored = str(merge.base.tensor(merge.base.names[0], "meta").dtype).removeprefix("torch.")
+    if merge.bits:
+        yield f"The base is quantised to {merge.bits} bits: its weights are dequantised to {stored} first."
+    elif not merge.arguments.base_only:
+        yield (
+            f"Merging into the {stored} weights of {merge.base_name}: the unrounded ones, also for an adapter that "
+            "was trained with --load_in_4bit or --load_in_8bit."
+        )
+    if merge.native and merge.config.generation in SECOND_GENERATION:
+        yield (
+            "GlmForCausalLM works out the rotary angles in float32, the published code of this model in the dtype of "
+            "the weights: in 16 bits the two part a little as texts get longer."
+        )

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import anyio
 import transformers
-from chatbot import Chatbot, is_call, text_of
 from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
@@ -27,6 +26,8 @@ from starlette.routing import Route
 
 from chatglm.chat import json_arguments, python_call_arguments
 from finetuning import chat_rows, encoding
+
+from .chatbot import Chatbot, is_call, text_of
 
 
 logger = logging.getLogger("uvicorn.error")
