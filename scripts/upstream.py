@@ -15,15 +15,16 @@ import textwrap
 from pathlib import Path
 
 from following.comparing import TO_PORT, changes, comparison
-from following.editing import Refused
-from following.grafting import GRAFT_POINTS, OURS, changed_lines, grafted
-from following.reading import NotRunClm
+from following.reading import OURS, NotRunClm
 
 
 INDENTS = {"initial_indent": "    ", "subsequent_indent": "        ", "break_long_words": False}
 
 
 def graft(arguments) -> int:
+    from following.editing import Refused  # late, as grafting: both import LibCST, most of a second that diff saves
+    from following.grafting import GRAFT_POINTS, changed_lines, grafted
+
     path, out = Path(arguments.script), Path(arguments.output)
     if out.exists() and out.samefile(path):
         raise NotRunClm(f"{out} is the file to graft onto, which stays as it is: write to another one.")

@@ -12,10 +12,10 @@ import tempfile
 os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="hf_home_"), TOKENIZERS_PARALLELISM="false")
 os.environ.update(TORCH_EXTENSIONS_DIR=os.environ["HF_HOME"] + "/torch_extensions")
 
-import comparing
 import merge_lora
 import pytest
 import torch
+from merging import comparing
 from safetensors.torch import load_file
 from tiny import CHATML, CHATS, COMMON, LINES, ROOT, flat, write_jsonl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from functools import cache
 
 import pytest
@@ -10,7 +12,11 @@ from tiny import ROOT
 
 SCRIPT = "run_chatglm_lora"
 ROOMS = sorted(path.stem for path in (ROOT / "finetuning").glob("*.py") if path.stem != "__init__")
-TOOLS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
+PROGRAMS = sorted((ROOT / "scripts").glob("*.py"))
+PACKAGES = sorted(path.parent for path in (ROOT / "scripts").glob("*/__init__.py"))
+TOOLS = {path.stem for path in (*PROGRAMS, *PACKAGES)}
+MEASURING = sorted((ROOT / "scripts/benchmarks").glob("*.py"))
+WITH_FLAGS = [path for path in (*PROGRAMS, *MEASURING) if "ArgumentParser(" in path.read_text("utf-8")]
 PICTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 
 
@@ -66,13 +72,48 @@ def room_file(room):
     return ROOT / "finetuning" / f"{room}.py"
 
 
+def in_circles(below) -> set[str]:
+    """Of names, each with the set of those that it uses, the ones that are left when free ones are taken away."""
+    while free := {name for name, used in below.items() if not used & set(below)}:
+        below = {name: used for name, used in below.items() if name not in free}
+    return set(below)
+
+
 def test_rooms_import_each_other_without_circles():
-    below = {room: {b for a, b in drawn() if a == room} for room in ROOMS}
-    while free := {room for room, used in below.items() if not used & set(below)}:
-        below = {room: used for room, used in below.items() if room not in free}
-    assert not below, f"these import each other in a circle: {sorted(below)}"
+    assert not in_circles({room: {b for a, b in drawn() if a == room} for room in ROOMS})
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_document_names_every_room(room):
     assert re.search(rf"^\| `{room}`", PICTURE, re.M)
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_what_lies_at_the_top_of_scripts_is_a_program_that_none_imports(path):
+    assert '\nif __name__ == "__main__":\n' in path.read_text("utf-8")
+    others = {each for each in (ROOT / "scripts").rglob("*.py") if path.stem in imported(each)}
+    assert not others
+
+
+def test_all_other_modules_of_scripts_are_in_its_packages():
+    modules = {path.relative_to(ROOT / "scripts") for path in (ROOT / "scripts").rglob("*.py") if path not in PROGRAMS}
+    assert {path.parts[0] for path in modules} == {path.name for path in PACKAGES}
+
+
+def test_packages_of_scripts_import_each_other_without_circles():
+    names = {path.name for path in PACKAGES}
+    modules = {path.name: list(path.rglob("*.py")) for path in PACKAGES}
+    used = {name: roots(set().union(*map(imported, modules[name]))) & names - {name} for name in names}
+    assert not in_circles(used)
+
+
+def test_document_names_every_package_of_scripts():
+    assert set(re.findall(r"^\| `scripts/(\w+)/`", PICTURE, re.M)) == {path.name for path in PACKAGES}
+
+
+@pytest.mark.parametrize("path", WITH_FLAGS, ids=lambda path: path.stem)
+def test_flags_of_a_tool_are_read_before_torch_is_imported(path):
+    command = [sys.executable, "-X", "importtime", str(path), "--help"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout.startswith(f"usage: {path.name} ")
+    assert not re.search(r"\| +(torch|transformers|peft)$", ended.stderr, re.M)

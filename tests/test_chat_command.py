@@ -1,5 +1,6 @@
 """scripts/chat.py in the terminal and in pipes."""
 
+import argparse
 import io
 import json
 import os
@@ -9,9 +10,10 @@ import threading
 import time
 
 import chat
-import chatbot
 import pytest
 import torch
+from answering import chatbot, loading, terminal
+from answering.opening import opened
 from peft import AutoPeftModelForCausalLM
 from processes import forked_program
 from tiny import ROOT
@@ -46,10 +48,10 @@ def asked(monkeypatch):
         conversations.append([(message["role"], message["content"]) for message in messages])
         return [1], 0
 
-    monkeypatch.setattr(chat, "QUESTIONS", [])  # of the self-check, which has tests of its own
-    monkeypatch.setattr(chat, "check_answers", lambda *_: None)
-    monkeypatch.setattr(chat.Chatbot, "answer", answer)
-    monkeypatch.setattr(chat.Chatbot, "prompt", prompt)
+    monkeypatch.setattr(loading, "QUESTIONS", [])  # of the self-check, which has tests of its own
+    monkeypatch.setattr(loading, "check_answers", lambda *_: None)
+    monkeypatch.setattr(chatbot.Chatbot, "answer", answer)
+    monkeypatch.setattr(chatbot.Chatbot, "prompt", prompt)
     return conversations
 
 
@@ -133,7 +135,7 @@ def test_conversation_is_saved_as_a_training_row(chatglm3, run_chat, asked, tmp_
 
 def test_unknown_command_is_named_with_those_that_there_are(chatglm3, run_chat, asked):
     output = run_chat(chatglm3, typed="/what is this\n/help\n").out
-    assert output == f"{output.splitlines()[0]}\n{chat.HELP}\n{chat.HELP}\n" and "no command /what." in output
+    assert output == f"{output.splitlines()[0]}\n{terminal.HELP}\n{terminal.HELP}\n" and "no command /what." in output
     assert asked == []
 
 
@@ -176,15 +178,15 @@ def test_ctrl_c_at_the_prompt_says_how_to_leave(chatglm3, run_chat, asked, monke
             return line
         raise line
 
-    monkeypatch.setattr(chat, "entered", entered)
+    monkeypatch.setattr(terminal, "entered", entered)
     assert "/exit or Ctrl-D leaves" in run_chat(chatglm3).out
     assert len(asked) == 1
 
 
 @pytest.mark.parametrize("generation", ["chatglm3", "glm4_checkpoint"])
 def test_streamed_text_is_the_answer_with_every_blank(generation, request, monkeypatch):
-    model, tokenizer = chat.opened(request.getfixturevalue(generation))
-    bot = chat.Chatbot(model, tokenizer, {"max_new_tokens": 50})
+    model, tokenizer = opened(request.getfixturevalue(generation))
+    bot = chatbot.Chatbot(model, tokenizer, {"max_new_tokens": 50})
     text = "def f(x):\n    return x  # 一\n\n  好"
     reply = tokenizer.encode("\n" + text, add_special_tokens=False) + [tokenizer.eos_token_id]
     monkeypatch.setattr(chatbot, "generated_ids", lambda model, **options: iter(reply))
@@ -232,8 +234,8 @@ def test_call_of_a_tool_and_its_result_go_into_the_history(generation, request, 
 
 
 def test_oldest_turns_make_room_with_a_note(llama):
-    model, tokenizer = chat.opened(llama)  # 128 positions
-    bot = chat.Chatbot(model, tokenizer, {"max_new_tokens": 20})
+    model, tokenizer = opened(llama)  # 128 positions
+    bot = chatbot.Chatbot(model, tokenizer, {"max_new_tokens": 20})
     turns = [{"role": role, "content": f"the lamps {i} " * 2} for i in range(4) for role in ("user", "assistant")] + [
         {"role": "user", "content": "last"}
     ]
@@ -283,7 +285,7 @@ def test_sampling_flags_sample_and_the_seed_repeats(llama, run_chat):
 )
 def test_mistakes_get_a_sentence(model, flags, sentence, run_chat, request, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    find_spec = chat.opened.__globals__["importlib"].util.find_spec
+    find_spec = opened.__globals__["importlib"].util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
     monkeypatch.chdir(tmp_path)
     for name, text in {"broken": "[", "object": "{}", "tools": '[{"name": "f"}]'}.items():
@@ -311,10 +313,10 @@ def test_missing_and_mismatched_models_get_a_sentence(chatglm3, llama, run_chat,
 
 
 def test_devices_choose_their_dtype(monkeypatch):
-    arguments = chat.argparse.Namespace(device=None, dtype=None)
-    assert chat.chosen_dtype(arguments, "cpu") is None
+    arguments = argparse.Namespace(device=None, dtype=None)
+    assert loading.chosen_dtype(arguments, "cpu") is None
     for modern, dtype in ((True, "bfloat16"), (False, "float16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, modern=modern: modern)
-        assert chat.chosen_dtype(arguments, "cuda") == dtype
+        assert loading.chosen_dtype(arguments, "cuda") == dtype
     arguments.dtype = "float32"
-    assert chat.chosen_dtype(arguments, "cuda") == "float32"
+    assert loading.chosen_dtype(arguments, "cuda") == "float32"

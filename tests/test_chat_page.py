@@ -5,9 +5,9 @@ import logging
 import shutil
 import time
 
-import chatbot
 import pytest
-from opening import opened
+from answering import chatbot
+from answering.opening import opened
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -56,7 +56,7 @@ def say(text, **message):
 @pytest.fixture(scope="module")
 def served(chatglm3, tmp_path_factory):
     """The chatbot and the address of its page."""
-    import chat_page  # late: Gradio takes seconds to import
+    from answering import chat_page  # late: Gradio takes seconds to import
 
     adapter = write_adapter(chatglm3, tmp_path_factory.mktemp("runs") / "tea", target_modules=["query_key_value"])
     bot = Told(*opened(adapter), {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}, TOOLS)

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+from miniatures.architectures import VOCABULARY, random_rows, tiny_model
 from tiny import CHAT_FLAGS, losses
 from torch.utils._python_dispatch import TorchDispatchMode
-from trained import script
 
 from chatglm import language_model
 from finetuning.batches import PaddedCollator
@@ -16,12 +16,11 @@ from finetuning.chunked_loss import ChunkedLoss, why_changed, why_whole
 from finetuning.self_checks import Probe, evaluated, rounding_unit
 
 
-check_models = script("check_models")
 PLAIN = SimpleNamespace(label_smoothing_factor=0, torch_compile=False, fsdp="", n_gpu=1)
 
 
 def batch(seed=0):
-    return PaddedCollator(0)(check_models.random_rows([23, 31, 12], seed=seed))
+    return PaddedCollator(0)(random_rows([23, 31, 12], seed=seed))
 
 
 def why(model, args=PLAIN):
@@ -41,7 +40,7 @@ def loss_and_gradients(model, **inputs):
 
 @pytest.mark.parametrize("name", ["llama", "granite", "gpt_oss", "cohere", "gpt_neox", "mixtral"])
 def test_loss_and_gradients_are_those_of_whole_logits(name):
-    model = check_models.tiny_model(name)
+    model = tiny_model(name)
     whole, expected = loss_and_gradients(model, num_items_in_batch=torch.tensor(40))
     names = list(model.state_dict())
     assert why(model) is None
@@ -55,7 +54,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(name):
 
 
 def test_evaluation_keeps_its_logits_and_a_failed_step_leaves_the_model_whole():
-    model = check_models.tiny_model("llama")
+    model = tiny_model("llama")
     layer = model.lm_head
     ChunkedLoss(model).use()
     with pytest.raises(IndexError):
@@ -63,7 +62,7 @@ def test_evaluation_keeps_its_logits_and_a_failed_step_leaves_the_model_whole():
     assert model.lm_head is layer
     with torch.no_grad():
         output = model.eval()(**batch())
-    assert output.logits.shape == (3, 32, check_models.VOCABULARY)
+    assert output.logits.shape == (3, 32, VOCABULARY)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +74,7 @@ def test_evaluation_keeps_its_logits_and_a_failed_step_leaves_the_model_whole():
     ],
 )
 def test_model_that_needs_its_logits_says_why(name, reason):
-    assert why(check_models.tiny_model(name)) == reason
+    assert why(tiny_model(name)) == reason
 
 
 @pytest.mark.parametrize(
@@ -88,13 +87,13 @@ def test_model_that_needs_its_logits_says_why(name, reason):
     ],
 )
 def test_training_that_needs_logits_says_why(flag, reason):
-    assert why(check_models.tiny_model("llama"), SimpleNamespace(**{**vars(PLAIN), **flag})) == reason
+    assert why(tiny_model("llama"), SimpleNamespace(**{**vars(PLAIN), **flag})) == reason
 
 
 def test_wrong_loss_in_chunks_is_found(monkeypatch):
     right = language_model.causal_lm_loss
     monkeypatch.setattr(language_model, "causal_lm_loss", lambda *args: right(*args) * 1.01)
-    assert why(check_models.tiny_model("llama")).startswith("the loss in chunks is ")
+    assert why(tiny_model("llama")).startswith("the loss in chunks is ")
 
 
 @pytest.mark.parametrize(
@@ -120,14 +119,14 @@ class WidestLogits(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
         made = torch.is_tensor(result) and result.is_floating_point() and function is not torch.ops.aten.t.default
-        if made and result.shape[-1:] == (check_models.VOCABULARY,):
-            self.rows = max(self.rows, result.numel() // check_models.VOCABULARY)
+        if made and result.shape[-1:] == (VOCABULARY,):
+            self.rows = max(self.rows, result.numel() // VOCABULARY)
         return result
 
 
 def test_logits_exist_for_few_positions_at_a_time(monkeypatch):
     monkeypatch.setattr(language_model, "LOSS_ROWS", 8)
-    model = peft.get_peft_model(check_models.tiny_model("llama"), peft.LoraConfig(task_type="CAUSAL_LM")).train()
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(task_type="CAUSAL_LM")).train()
     with WidestLogits() as whole:
         model(**batch()).loss.backward()
     ChunkedLoss(model).use()

@@ -5,8 +5,8 @@ import json
 import compare_tools
 import numpy as np
 import pytest
+from benchmarks.row_lengths import ANSWER_TOKENS, PERCENTILES, PROMPT_TOKENS
 from compare_tools import Step, figures, table
-from row_lengths import ANSWER_TOKENS, PERCENTILES, PROMPT_TOKENS
 from tiny import ROOT
 
 from finetuning import flag_names

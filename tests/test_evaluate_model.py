@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from opening import opened
+from answering.opening import opened
 from tiny import write_jsonl
 
 from finetuning.encoding import conversation_ids, prompt_ids
@@ -14,6 +14,7 @@ from finetuning.encoding import conversation_ids, prompt_ids
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install lm_eval")
 pytestmark = pytest.mark.slow
 import evaluate_model  # noqa: E402
+from answering.harness import Evaluated  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 
 
@@ -36,7 +37,7 @@ def choice_scores(model, tokenizer, question, choices):
 def test_choices_are_scored_as_trained_answers(checkpoint, request):
     model, tokenizer = opened(request.getfixturevalue(checkpoint))
     expected = choice_scores(model, tokenizer, "1 + 1 = ?", "AB")
-    harness = evaluate_model.Evaluated(model, tokenizer, 1)
+    harness = Evaluated(model, tokenizer, 1)
     text = harness.apply_chat_template([{"role": "user", "content": "1 + 1 = ?"}])
     requests = [Instance("loglikelihood", {}, (text, choice), number) for number, choice in enumerate("AB")]
     found = [score for score, _ in harness.loglikelihood(requests, disable_tqdm=True)]

@@ -8,12 +8,11 @@ import signal
 from collections import namedtuple
 from pathlib import Path
 
-import merge_lora
-import merging
 import pytest
 import torch
+from answering.opening import opened
 from jinja2 import Environment
-from opening import opened
+from merging import weights, writing
 from peft import AutoPeftModelForCausalLM, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import CHATML
@@ -258,7 +257,7 @@ def test_other_models_are_merged_too(llama, merge, tmp_path):
 
 def test_result_that_is_not_the_tuned_model_is_thrown_away(chatglm3, merge, tmp_path, monkeypatch):
     adapter = write_adapter(chatglm3, tmp_path / "adapter")
-    monkeypatch.setattr(merging.Adapter, "weight", lambda self, name, base: base.tensor(name))  # forgets it
+    monkeypatch.setattr(weights.Adapter, "weight", lambda self, name, base: base.tensor(name))  # forgets it
     with pytest.raises(SystemExit, match="Nothing was written: the logits of the result differ from those of base"):
         merge(adapter)
     assert leftovers(tmp_path) == []
@@ -275,7 +274,7 @@ def test_interrupted_merge_leaves_nothing(event, chatglm3, merge, tmp_path, monk
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(merge_lora, "save_file", interrupted)
+    monkeypatch.setattr(writing, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt if event == "Ctrl-C" else SystemExit):
         merge(write_adapter(chatglm3, tmp_path / "adapter"))
     assert leftovers(tmp_path) == [] and signal.getsignal(signal.SIGTERM) is before
@@ -421,7 +420,7 @@ def test_existing_folder_is_left_as_it_is(chatglm3, merge, tmp_path):
 
 def test_full_disk_is_noticed_before_writing(chatglm3, merge, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**6, 9 * 10**5, 10**5)
-    monkeypatch.setattr(merge_lora.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(SystemExit, match=r"0\.0 GB are to be written, but .* has 0\.0 GB left"):
         merge(write_adapter(chatglm3, tmp_path / "adapter"))
     assert leftovers(tmp_path) == []

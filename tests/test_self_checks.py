@@ -4,17 +4,16 @@ import functools
 import json
 import logging
 
+import chat
 import pytest
 import torch
+from miniatures.architectures import tiny_model
+from miniatures.verdicts import settled_collator
 from tiny import CHAT_FLAGS, losses
-from trained import script
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, LlamaModel
 
 from finetuning.row_attention import ROWWISE
 from finetuning.self_checks import SelfCheckFailed
-
-
-check_models, chat = script("check_models"), script("chat")
 
 
 @pytest.fixture
@@ -29,7 +28,7 @@ def tiny(tmp_path, tokenizer):
 
     def folder_of(name):
         folder = tmp_path / name
-        check_models.tiny_model(name).save_pretrained(folder)
+        tiny_model(name).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return str(folder)
 
@@ -165,7 +164,7 @@ def test_nothing_is_tried_with_no_self_check(run, chatglm3, flags, caplog):
 def test_model_is_left_as_it_was(chatglm3):
     model = AutoModelForCausalLM.from_pretrained(chatglm3).train()
     state = torch.get_rng_state()
-    check_models.settled_collator(model)
+    settled_collator(model)
     assert model.training and model.config.use_cache and torch.equal(torch.get_rng_state(), state)
 
 
@@ -174,7 +173,7 @@ def test_half_precision_neither_cries_wolf_nor_sleeps(dtype):
     """A state of 16 numbers leaks 0.8 % of the logits of falcon_h1, less than a batch of another shape may round."""
     found = {}
     for name in ("llama", "qwen3_moe", "ChatGLM3-6B", "gpt_oss", "falcon_h1", "mamba"):
-        _, results = check_models.settled_collator(check_models.tiny_model(name).to(dtype))
+        _, results = settled_collator(tiny_model(name).to(dtype))
         found[name] = results["batches"].partition(":")[0]
     apart = dict.fromkeys(("llama", "qwen3_moe", "ChatGLM3-6B"), "end to end")
     assert found == {**apart, **dict.fromkeys(("gpt_oss", "falcon_h1", "mamba"), "padded")}

@@ -5,8 +5,8 @@ import time
 
 import pytest
 import torch
-from chatbot import Chatbot
-from opening import opened
+from answering.chatbot import Chatbot
+from answering.opening import opened
 from trained import write_adapter
 
 from finetuning.encoding import prompt_ids
@@ -14,8 +14,7 @@ from finetuning.encoding import prompt_ids
 
 openai = pytest.importorskip("openai", reason="its client asks the server: pip install openai")
 uvicorn = pytest.importorskip("uvicorn", reason="serve.py needs uvicorn, starlette and pydantic")
-import chatbot  # noqa: E402
-import completions  # noqa: E402
+from answering import chatbot, completions  # noqa: E402
 
 
 QUESTION = {"role": "user", "content": "which tea have you got?"}

@@ -1,7 +1,7 @@
 """Tiny random checkpoints of any causal model of transformers."""
 
 import torch
-from check_models import OWN_SIZES, small
+from miniatures.architectures import OWN_SIZES, small
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 

@@ -6,18 +6,14 @@
 import ast
 import difflib
 import io
-from pathlib import Path
 
 import libcst as cst
 import libcst.matchers as m
 
 from .binding import unbound
 from .editing import PlaceNotFound, Refused, Script, called, code
-from .reading import class_fields, parsed, source_text
+from .reading import OURS, class_fields, parsed, source_text
 
-
-PROJECT = Path(__file__).resolve().parents[2]
-OURS = PROJECT / "run_chatglm_lora.py"
 
 ADDED_NAMES = ("lora", "chat_args", "lora_args", "row_format", "guards")
 ADDED_CLASSES = ("ChatArguments", "LoraArguments")
@@ -155,7 +151,7 @@ def graft_imports(script, folder):
     above = script.module.body[: script.module.body.index(script.main)]
     imports = [line for line in above if m.matches(line, statement)]
     script.find(script.module, m.Import(names=[m.ImportAlias(name=m.Name("sys"), asname=None)]), "import sys")
-    path = [f"sys.path.insert(0, {ascii(str(PROJECT))})"] if folder != PROJECT else []
+    path = [f"sys.path.insert(0, {ascii(str(OURS.parent))})"] if folder != OURS.parent else []
     script.after(imports[-1], *path, "import run_chatglm_lora as lora")
     return imports[-1]
 

@@ -11,6 +11,9 @@ from pathlib import Path
 from .tables import ROOMS, STAGE_OF_FUNCTION, STAGE_OF_MARK
 
 
+OURS = Path(__file__).resolve().parents[2] / "run_chatglm_lora.py"
+
+
 class NotRunClm(ValueError):
     """The file is not a run_clm.py; the text says why."""
 
