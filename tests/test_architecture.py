@@ -16,7 +16,7 @@ PROGRAMS = sorted((ROOT / "scripts").glob("*.py"))
 PACKAGES = sorted(path.parent for path in (ROOT / "scripts").glob("*/__init__.py"))
 TOOLS = {path.stem for path in (*PROGRAMS, *PACKAGES)}
 MEASURING = sorted((ROOT / "scripts/benchmarks").glob("*.py"))
-WITH_FLAGS = [path for path in (*PROGRAMS, *MEASURING) if "ArgumentParser(" in path.read_text("utf-8")]
+WITH_FLAGS = [path for path in (*PROGRAMS, *MEASURING) if "argparse.ArgumentParser(" in path.read_text("utf-8")]
 PICTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 
 
