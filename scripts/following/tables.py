@@ -19,8 +19,8 @@ STAGES = [
     Stage(
         "arguments",
         "parser parser.parse_json_file parser.parse_args_into_dataclasses",
-        "parsed_arguments parsed_words parsed_file file_arguments check_types builder_options listed_files argument "
-        "ModelArguments DataTrainingArguments ChatArguments LoraArguments",
+        "parsed_arguments flag_parser parsed_words parsed_file file_arguments check_types builder_options "
+        "listed_files argument ModelArguments DataTrainingArguments ChatArguments LoraArguments",
         "Arguments",
     ),
     Stage("logging", "send_example_telemetry logging.basicConfig log_level", "set_up_logging", "Logging"),
