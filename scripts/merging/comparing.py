@@ -91,7 +91,7 @@ def unmerged_logits(merge: Merge) -> tuple[list[int], torch.Tensor, torch.dtype]
         ids = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=True)["input_ids"]
     for module in model.modules():
         if merge.native and isinstance(module, ChatGLMRotaryEmbedding):
-            module.angles_in_model_dtype = False  # see `remarks`
+            module.angles_in_model_dtype = False  # see `weights.remarks`
     logits = model(torch.tensor([ids], device=device)).logits[0]
     return ids, logits.float().cpu(), logits.dtype
 
