@@ -229,11 +229,7 @@ class ChatArguments:
             raise ValueError("--response_column and --history_column belong to a --prompt_column: name it too.")
         if self.data_format in ("text", "messages") and (self.prompt_column or self.response_column):
             raise ValueError(f"--data_format {self.data_format} has no --prompt_column and no --response_column.")
-        for flag in ("max_source_length", "max_target_length", "num_beams", "eval_generate_every"):
-            if getattr(self, flag) < 1:
-                raise ValueError(f"--{flag} must be at least 1, not {getattr(self, flag)}.")
-        if not (self.temperature > 0 and 0 < self.top_p <= 1):
-            raise ValueError("--temperature must be above 0, and --top_p above 0 and at most 1.")
+        flags.check_ranges(vars(self))
         if (self.temperature != 1 or self.top_p != 1) and not self.do_sample:
             raise ValueError("--temperature and --top_p are for drawn tokens: add --do_sample.")
         if self.padding_free and self.no_padding_free:
@@ -314,7 +310,7 @@ ARGUMENT_CLASSES = (ModelArguments, DataTrainingArguments, *ADDED_ARGUMENTS, Tra
 def parsed_arguments():
     """One instance of each argument class, from the command line, and from a .json or .yaml file where it has one."""
     parser = flag_parser()
-    given = argument_files.given_arguments(parser, launching.prepared_words(sys.argv[1:]), ARGUMENT_CLASSES)
+    given = argument_files.given_arguments(parser, launching.prepared_words(sys.argv[1:]))
     adapters.check_init(given)
     defaults = {**our_defaults(given), **scores.metric_defaults(given), **progress.bar_defaults(given)}
     return parser.parse_dict({**defaults, **launching.on_one_processor(given)})
@@ -343,7 +339,7 @@ def parsed_words(parser):
 
 def parsed_file(parser, path):
     """One instance of each argument class of the parser, from a .json or .yaml file."""
-    return parser.parse_dict(argument_files.file_arguments(path, ARGUMENT_CLASSES))
+    return parser.parse_args_into_dataclasses(argument_files.file_arguments(parser, path))
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -498,15 +494,13 @@ def text_blocks(raw, tokenizer, config, data_args, training_args):
     return data
 
 
-def check_text(config, data_args):
-    """Raise a ValueError if the model cannot be trained on blocks of text, or not on blocks of this size."""
+def check_text(config):
+    """Raise a ValueError if the model cannot be trained on blocks of text."""
     if hasattr(config, "position_encoding_2d"):
         raise ValueError(
             "ChatGLM-6B needs a [gMASK] and a <sop> in every row, which text cut into blocks does not have: "
             "train it on conversations, with --prompt_column and --response_column."
         )
-    if data_args.block_size is not None and data_args.block_size < 1:
-        raise ValueError(f"--block_size must be at least 1, not {data_args.block_size}.")
 
 
 def block_collator(blocks):
@@ -556,7 +550,7 @@ def chats_as_ids(raw, row_format, tokenizer, config, chat_args, data_args, train
     """Conversations as `EncodedChats`; plain text as it is, when model and flags allow blocks of it."""
     samples.check(row_format, chat_args, training_args)
     if not row_format:
-        check_text(config, data_args)
+        check_text(config)
         if tokenizer.chat_template:
             chat_rows.check_text_columns(text_columns(next(iter(raw.values()))), chat_args)
         return raw

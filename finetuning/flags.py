@@ -1,6 +1,7 @@
 """The command line: its values, its help, and flags that contradict each other."""
 
 import argparse
+import math
 import re
 from dataclasses import fields
 from types import SimpleNamespace
@@ -29,6 +30,25 @@ PEFT_FIELDS = {
     "init_lora_weights": "init_lora_weights",
     "num_virtual_tokens": "num_virtual_tokens",
 }
+
+# What numbers must be, where Trainer, PEFT and datasets fail far from the flag, or go on as if nothing had been said.
+WHOLE = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps "
+WHOLE += "torch_empty_cache_steps dataloader_prefetch_factor max_train_samples max_eval_samples max_predict_samples "
+WHOLE += "max_source_length max_target_length pack_to_length block_size num_beams eval_generate_every preview lora_r "
+WHOLE += "lora_alpha num_virtual_tokens pre_seq_len train_last_layers early_stopping_patience"
+NOT_NEGATIVE = "learning_rate weight_decay max_grad_norm warmup_steps num_train_epochs neftune_noise_alpha eval_delay "
+NOT_NEGATIVE += "data_seed dataloader_num_workers preprocessing_num_workers"
+RANGES = [
+    ("at least 1", lambda n: n >= 1, WHOLE),
+    ("at least 1, or -1 to go by --num_train_epochs", lambda n: n >= 1 or n == -1, "max_steps"),
+    ("at least 0", lambda n: n >= 0, NOT_NEGATIVE),
+    ("at least 0 and less than 1", lambda n: 0 <= n < 1, "lora_dropout label_smoothing_factor adam_beta1 adam_beta2"),
+    ("above 0", lambda n: n > 0, "adam_epsilon logging_steps temperature loraplus_lr_ratio"),
+    ("above 0 (for none, write --save_strategy no)", lambda n: n > 0, "save_steps"),
+    ("above 0 (for none, write --eval_strategy no)", lambda n: n > 0, "eval_steps"),
+    ("above 0 and at most 1", lambda n: 0 < n <= 1, "top_p"),
+    ("at least 0 and less than 2**32", lambda n: 0 <= n < 2**32, "seed"),
+]
 
 # What TrainingArguments says of a mistake, by a part of it, and what is said in place of it.
 LIBRARY_SENTENCES = {
@@ -68,6 +88,7 @@ class FlagParser(HfArgumentParser):
     def parse_dict(self, args, **options):
         names = {f.name for cls in self.dataclass_types for f in fields(cls)}
         check_known([f"--{name}" for name in args if name not in names], self._option_string_actions)
+        check_ranges(args)
         return self.checked(args, lambda: super(FlagParser, self).parse_dict(args, **options))
 
     def checked(self, given, parse):
@@ -79,6 +100,15 @@ class FlagParser(HfArgumentParser):
             raise ValueError(known or " ".join(str(error).split())) from error
         check_contradictions(set(given), SimpleNamespace(**{k: v for part in parsed for k, v in vars(part).items()}))
         return parsed
+
+
+def check_ranges(values):
+    """Raise a ValueError for the first of some flags, {name: value}, whose number is outside of its range."""
+    for words, fits, names in RANGES:
+        for name in names.split():
+            value = values.get(name)
+            if isinstance(value, (int, float)) and not (math.isfinite(value) and fits(value)):
+                raise ValueError(f"--{name} must be {words}, not {value:g}.")
 
 
 def check_contradictions(given, args):

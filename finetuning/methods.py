@@ -20,15 +20,13 @@ def check(lora_args, training_args):
     if lora_args.train_last_layers is not None and lora_args.pre_seq_len:
         raise ValueError("--train_last_layers and --pre_seq_len exclude each other: drop one of the flags.")
     if lora_args.early_stopping_patience is not None:
-        check_patience(lora_args.early_stopping_patience, training_args)
+        check_patience(training_args)
 
 
 # -------------------------------------------------------------------------------------------------------------- LoRA+
 
 
 def check_loraplus(lora_args, training_args):
-    if lora_args.loraplus_lr_ratio <= 0:
-        raise ValueError(f"--loraplus_lr_ratio must be above 0 (16, say), not {lora_args.loraplus_lr_ratio:g}.")
     if not lora_args.use_lora or lora_args.pre_seq_len or lora_args.peft_type != "LORA":
         raise ValueError("--loraplus_lr_ratio is for LoRA's two matrices: drop it, or train with --peft_type LORA.")
     if training_args.deepspeed and training_args.hf_deepspeed_config.config.get("optimizer"):
@@ -90,9 +88,7 @@ def with_last_layers_trained(model, count):
 # ----------------------------------------------------------------------------------------------------------- patience
 
 
-def check_patience(patience, training_args):
-    if patience < 1:
-        raise ValueError(f"--early_stopping_patience must be at least 1, not {patience}.")
+def check_patience(training_args):
     if not training_args.load_best_model_at_end or training_args.eval_strategy == "no":
         raise ValueError(
             "--early_stopping_patience compares evaluations and ends with the best model: add "

@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 
 from . import methods
 from .adapters import adapter_names, adapter_weights, kind_of_result
+from .flags import check_ranges
 from .mistakes import did_you_mean
 
 
@@ -61,6 +62,8 @@ OPTIMIZERS = [
 
 def check(model_args, data_args, lora_args, training_args):
     """Raise a ValueError or an OSError for the first thing that could not be done."""
+    for arguments in (model_args, data_args, lora_args, training_args):
+        check_ranges(vars(arguments))
     check_stages(data_args, training_args)
     check_packages(training_args)
     methods.check(lora_args, training_args)

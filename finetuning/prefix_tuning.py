@@ -28,8 +28,6 @@ def with_prefix(config, lora_args):
         return config
     if config.model_type != "chatglm":
         raise ValueError("--pre_seq_len is ChatGLM's own prefix: for other models take --peft_type PREFIX_TUNING.")
-    if lora_args.pre_seq_len < 1:
-        raise ValueError(f"--pre_seq_len must be at least 1, not {lora_args.pre_seq_len}.")
     config.pre_seq_len, config.prefix_projection = lora_args.pre_seq_len, lora_args.prefix_projection
     return config
 

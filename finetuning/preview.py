@@ -47,8 +47,6 @@ the pointer on a token shows its place, id and name.</div>
 
 def show(data, tokenizer, chat_args):
     """Print the first examples with --preview, write the page of --preview_html: of the training, if there is one."""
-    if chat_args.preview is not None and chat_args.preview < 1:
-        raise ValueError(f"--preview must be at least 1, not {chat_args.preview}.")
     if not (chat_args.preview or chat_args.preview_html):
         return
     split = next(iter(data))

@@ -45,3 +45,33 @@ def test_true_and_false_for_resuming_in_a_file_are_what_the_flag_means(tmp_path,
     path.write_text(f'{{"resume_from_checkpoint": {value}, "output_dir": "out", "use_cpu": true}}')
     monkeypatch.setattr(sys, "argv", ["run_chatglm_lora.py", str(path)])
     assert run_chatglm_lora.parsed_arguments()[-1].resume_from_checkpoint == meant
+
+
+def arguments_in(path, text, monkeypatch):
+    path.write_text(text + "\noutput_dir: out\nuse_cpu: true\n", "utf-8")
+    monkeypatch.setattr(sys, "argv", ["run_chatglm_lora.py", str(path)])
+    return run_chatglm_lora.parsed_arguments()
+
+
+def test_values_in_a_file_are_read_as_those_of_a_command_line_are(tmp_path, monkeypatch):
+    text = "lora_r: '8'\nuse_lora: 'false'\ntrain_file: [a.jsonl, b.jsonl]\nreport_to: [none]\nlora_dropout:\n"
+    text = text.replace("use_lora", "do_sample") + "lr_scheduler_kwargs: {power: 2}\neval_strategy: off\n"
+    _, data_args, chat_args, lora_args, training_args = arguments_in(tmp_path / "a.yaml", text, monkeypatch)
+    assert (lora_args.lora_r, lora_args.lora_dropout, chat_args.do_sample) == (8, 0.1, False)
+    assert (data_args.train_file, training_args.report_to) == ("a.jsonl,b.jsonl", [])
+    assert (training_args.lr_scheduler_kwargs, training_args.eval_strategy) == ({"power": 2}, "no")
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("lora_r: 8.5", "--lora_r: invalid int value: '8.5'"),
+        ("use_rslora: maybe", "--use_rslora: Truthy value expected: got maybe"),
+        ("lora_bias: wrong", "--lora_bias: invalid choice: 'wrong'"),
+        ("lora_r: 4\nlora_r: 8", "a.yaml: lora_r stands there twice: delete one."),
+        ("learning_rate: .nan", "--learning_rate must be at least 0, not nan."),
+    ],
+)
+def test_mistake_in_a_file_is_the_sentence_of_the_command_line(tmp_path, monkeypatch, text, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        arguments_in(tmp_path / "a.yaml", text, monkeypatch)

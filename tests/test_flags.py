@@ -108,6 +108,31 @@ def test_mistake_in_the_words_says_what_to_write(run, words, sentence):
         run(words.split())
 
 
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ("--lora_r 0", "--lora_r must be at least 1, not 0."),
+        ("--gradient_accumulation_steps -1", "--gradient_accumulation_steps must be at least 1, not -1."),
+        ("--max_steps 0", "--max_steps must be at least 1, or -1 to go by --num_train_epochs, not 0."),
+        ("--learning_rate 1e400", "--learning_rate must be at least 0, not inf."),
+        ("--lora_dropout 1", "--lora_dropout must be at least 0 and less than 1, not 1."),
+        ("--loraplus_lr_ratio nan", "--loraplus_lr_ratio must be above 0, not nan."),
+        ("--save_steps 1e400", "--save_steps must be above 0 (for none, write --save_strategy no), not inf."),
+        ("--seed -1", "--seed must be at least 0 and less than 2**32, not -1."),
+    ],
+)
+def test_number_out_of_its_range_is_refused_with_the_range(run, words, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        run(words.split(), "--do_train")
+
+
+def test_ranges_hold_numbers_of_the_parser_whose_defaults_lie_within(monkeypatch):
+    names = [name for _, _, names in flags.RANGES for name in names.split()]
+    actions = {action.dest: action for action in flags.FlagParser(ARGUMENT_CLASSES)._actions}
+    assert len(names) == len(set(names)) and all(actions[name].type in (int, float) for name in names)
+    flags.check_ranges({name: actions[name].default for name in names})
+
+
 def test_flags_that_the_sources_declare_are_those_of_the_parser():
     declared = {}
     for path in (run_chatglm_lora.__file__, training_args.__file__):
