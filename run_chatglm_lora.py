@@ -115,6 +115,7 @@ logger = logging.getLogger("run_chatglm_lora")
 
 DTYPES = ["auto", "bfloat16", "float16", "float32"]
 NUMBER = datasets.Value("int64")
+TEXT = datasets.Value("string")
 EMPTY_EXAMPLE = {
     "input_ids": [], "labels": [], "length": 0, "source_cut": False, "target_cut": False, "left_out": False,
 }  # fmt: skip
@@ -367,7 +368,9 @@ def raw_datasets(model_args, data_args, chat_args, training_args):
             builder = data_files.builder(files)
             more = data_files.builder_options(builder, files, data_args.keep_linebreaks)
             source, options = (builder,), {**options, "data_files": files, **more}
-        raw = load_dataset(*source, **options)
+        paths = list(chain.from_iterable(files.values()))
+        with data_files.explained(", ".join(paths) or f"--dataset_name {data_args.dataset_name}", paths):
+            raw = load_dataset(*source, **options)
         columns = {split: column_names(rows) for split, rows in raw.items()}
         row_format = chat_rows.format_of(columns, chat_args)
     logger.info(f"Data format: {row_format or 'text'} (--data_format {chat_args.data_format})")
@@ -442,12 +445,6 @@ def column_names(dataset) -> list[str]:
     return dataset.column_names or list(next(iter(dataset), {}))
 
 
-def text_columns(dataset) -> dict[str, bool]:
-    """The columns, and whether each holds text or what text is made of; numbers, truth values and null are none."""
-    row = next(iter(dataset), {})
-    return {name: isinstance(row.get(name), (str, list, dict)) for name in column_names(dataset)}
-
-
 def mapped(data, function, description, data_args, training_args, **options):
     """`data.map` in batches, first on the main process, with workers and cache where the data are not streamed."""
     with training_args.main_process_first(desc=description):
@@ -477,7 +474,8 @@ def text_blocks(raw, tokenizer, config, data_args, training_args):
     block_size = chosen_block_size(data_args, tokenizer, config)
 
     def token_ids(rows):
-        return tokenizer(rows[text_column], verbose=False)  # whole texts may be longer than the model's maximum
+        texts = chat_rows.texts_of(rows[text_column], text_column)
+        return tokenizer(texts, verbose=False)  # whole texts may be longer than the model's maximum
 
     def blocks(rows):
         joined = {name: list(chain.from_iterable(values)) for name, values in rows.items()}
@@ -551,8 +549,8 @@ def chats_as_ids(raw, row_format, tokenizer, config, chat_args, data_args, train
     samples.check(row_format, chat_args, training_args)
     if not row_format:
         check_text(config)
-        if tokenizer.chat_template:
-            chat_rows.check_text_columns(text_columns(next(iter(raw.values()))), chat_args)
+        rows = next(iter(raw.values()))
+        chat_rows.check_text_columns(column_names(rows), next(iter(rows), {}), chat_args, tokenizer.chat_template)
         return raw
     launching.check_parallelism(training_args)
     chat_args = within_positions(chat_args, config)
@@ -626,7 +624,7 @@ def encoded_split(rows, function, options, data_args, training_args):
     """`function` over the rows of a split, from the cache where data, tokenizer, flags and code are the same."""
     return mapped(
         rows, function, f"encoding {options['split']} rows", data_args, training_args,
-        with_indices=True, remove_columns=column_names(rows), fn_kwargs=options,
+        with_indices=True, remove_columns=column_names(rows), fn_kwargs=options, features=FEATURES[function],
         **({} if isinstance(rows, IterableDataset) else {"new_fingerprint": encoding_fingerprint(rows, options)}),
     )  # fmt: skip
 
@@ -714,6 +712,16 @@ def encoded_prompts(batch, indices, tokenizer, row_format, chat_args, split):
             row["problem"] = chat_rows.skipped(named, chat_args)
         rows.append(row)
     return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+# Thousands of rows that give no example, or have no reference, may come before the first that does.
+FEATURES = {
+    encoded_rows: features_of(
+        "input_ids", "labels", length=NUMBER, **dict.fromkeys(list(EMPTY_EXAMPLE)[3:], datasets.Value("bool")),
+        row=NUMBER, problem=TEXT,
+    ),
+    encoded_prompts: features_of("input_ids", prompt=TEXT, reference=TEXT, row=NUMBER, problem=TEXT),
+}  # fmt: skip
 
 
 def reference(tokenizer, messages) -> str | None:

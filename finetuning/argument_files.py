@@ -46,7 +46,7 @@ def file_arguments(parser, path) -> list[str]:
 
 
 def mapping_in(path) -> dict:
-    """The mapping in a JSON or YAML file. Raises a ValueError for any other content, and for a name that is twice in it."""
+    """The mapping in a JSON or YAML file. A ValueError for any other content and for a name that is twice there."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if path.endswith(".json"):

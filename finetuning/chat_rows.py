@@ -57,6 +57,7 @@ ROLES = {
     **dict.fromkeys(("function", "tool_response", "function_response", "ipython"), "observation"),
     **{"用户": "user", "助手": "assistant", "系统": "system"},
 }
+CALLS = {"tool_calls", "function_call", "parameters"}  # with one of these a message may have no content
 LOSS_KEYS = ("loss", "weight", "train")  # ms-swift's, OpenAI's, axolotl's
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # DeepSeek's and Qwen's, OpenRouter's, gpt-oss'
 TOOLS_PROMPT = (
@@ -169,18 +170,42 @@ def format_of(columns, chat_args) -> RowFormat | None:
     return found
 
 
-def check_text_columns(columns, chat_args):
-    """Raise a ValueError where text is meant by nobody: {name: whether it may hold text}, and none is called text.
+def check_text_columns(columns, row, chat_args, answers):
+    """Raise a ValueError where text is meant by nobody: no column is called text, and the first row has none in the
+    first column or, for a model that `answers`, in others too.
 
     run_clm.py trains the first column alone; of questions and answers that would be the questions.
     """
-    may_be_text = [name for name, text in columns.items() if text]
-    if chat_args.data_format == "auto" and "text" not in columns and len(may_be_text) > 1:
+    may_be_text = [name for name in columns if is_like_text(row.get(name))]
+    several, elsewhere = len(may_be_text) > 1 and answers, may_be_text and may_be_text[0] != columns[0]
+    if chat_args.data_format == "auto" and "text" not in columns and (several or elsewhere):
         raise ValueError(
             f"The data have the columns {list(columns)}, whose names are not known. Name question and answer with "
             "--prompt_column and --response_column, or say --data_format text to train column "
             f"'{next(iter(columns))}' alone, as text. Known are {known_columns()}."
         )
+
+
+def is_like_text(value) -> bool:
+    """Whether a value is text or what text is made of; numbers, also in a csv file, truth values and null are none."""
+    if not isinstance(value, str):
+        return isinstance(value, (list, dict))
+    try:
+        float(value)
+        return False
+    except ValueError:
+        return True
+
+
+def texts_of(values, column) -> list[str]:
+    """The values of a column that is trained as text; null is an empty text. Raises a ValueError for anything else."""
+    for value in values:
+        if value is not None and not isinstance(value, str):
+            raise ValueError(
+                f"The column '{column}' is to be trained as text, and {kind_of(value)} is found in it: call the "
+                "column with the text 'text', or name question and answer with --prompt_column and --response_column."
+            )
+    return [value or "" for value in values]
 
 
 def unused_columns(found, columns) -> list[str]:
@@ -205,6 +230,11 @@ def read(files, chat_args, streaming, cache_dir, seed=42):
     found = format_of(columns, chat_args)
     if found is None:
         check_not_mixed(shares)
+        if workbook := next((path for path in paths if path.lower().endswith(".xlsx")), None):
+            raise ValueError(
+                f"{workbook} has the columns {next(iter(columns.values()))}, whose names are not known. Name question "
+                "and answer with --prompt_column and --response_column; plain text is read from a csv file."
+            )
         return None, None
     raw = {split: dataset_of_rows(paths, streaming, cache_dir) for split, paths in files.items()}
     if shares and "train" in files:
@@ -225,7 +255,7 @@ def mixed_rows(paths, shares, streaming, cache_dir, seed):
         probabilities = [float(share) for share in shares.split(",")]
     except ValueError:
         raise ValueError(f"--interleave_probabilities {shares}: numbers with commas are expected.") from None
-    if len(probabilities) != len(paths) or abs(sum(probabilities) - 1) > 1e-6 or min(probabilities) <= 0:
+    if len(probabilities) != len(paths) or not abs(sum(probabilities) - 1) <= 1e-6 or min(probabilities) <= 0:
         raise ValueError(
             f"--interleave_probabilities {shares}: {len(paths)} numbers above 0 that add up to 1 are expected, one "
             f"for each file: {', '.join(paths)}."
@@ -277,7 +307,12 @@ def parsed(text, place):
     Raises a BadRow for a key that stands twice in an object, of which json would take the last.
     """
     once = partial(with_keys_once, place=place)
-    value = json.loads(text, parse_float=WrittenNumber, parse_constant=lambda name: None, object_pairs_hook=once)
+    try:
+        value = json.loads(text, parse_float=WrittenNumber, parse_constant=lambda name: None, object_pairs_hook=once)
+    except (BadRow, json.JSONDecodeError):
+        raise
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        raise json.JSONDecodeError(str(error), text, 0) from None
     if "\\ud" in text or "\\uD" in text:
         for match in SURROGATES.finditer(text):
             if match[2]:
@@ -481,8 +516,12 @@ def is_trained(message, role, place) -> bool:
 
 def checked_messages(message, place) -> list[dict]:
     """The message that an object holds, or the two of ChatGLM3's tool turn: a call and an observation."""
-    given, text = ("from", "value") if "from" in message else ("role", "content")
-    name = message.get(given)
+    message = {str(key).strip().lower(): value for key, value in message.items()}
+    given = "from" if "from" in message else "role"
+    text = next((key for key in ("content", "value", "text") if key in message), None)
+    if given not in message or not (text or CALLS & message.keys()):
+        raise BadRow(f"{place}: role and content (or from and value) are expected, not {list(message)}.")
+    name = message[given]
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
         raise BadRow(f"{place}: the role {name!r} is not one of {', '.join(ROLES)}.{did_you_mean(name, ROLES)}")

@@ -1,6 +1,8 @@
 """From flags to rows: which files a flag names, and the rows of all of them as a data set."""
 
 import glob
+import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -45,16 +47,20 @@ def builder_options(builder, files, keep_linebreaks) -> dict:
     if builder != "csv":
         return {}
     paths = [path for each in files.values() for path in each]
+    columns = max(len(json.loads(next(file_rows.read_rows([path]))["row"])) for path in paths)
+    cells_as_text = {"converters": dict.fromkeys(range(columns), str), "keep_default_na": False}  # 007 and NA, too
     separators = {file_rows.separator_of(path) for path in paths}
     if len(separators) > 1:
         raise ValueError(f"The cells of {', '.join(paths)} are parted by different characters: {sorted(separators)}.")
-    return {} if separators == {","} else {"sep": separators.pop()}
+    return {**cells_as_text, "sep": separators.pop()}
 
 
 def listed_files(value) -> list[str]:
     """The files that a flag names: one or several with commas, patterns with * or ?, all files of a folder."""
     files = []
-    for name in [value] if Path(value).exists() else value.split(","):
+    names = [value] if value and Path(value).exists() else [name.strip() for name in value.split(",")]
+    for name in filter(None, names):  # Path("") is the working folder
+        name = str(Path(name).expanduser()) if name.startswith("~") else name
         if Path(name).is_dir():
             files += sorted(str(path) for path in Path(name).iterdir() if path.is_file() and path.name[0] != ".")
         elif glob.has_magic(name) and not Path(name).exists():
@@ -62,14 +68,27 @@ def listed_files(value) -> list[str]:
         else:
             files.append(name)
     if not files:
-        raise ValueError(f"{value} holds or matches no file.")
+        raise ValueError(f"{value or 'An empty name'} holds or matches no file.")
     return files
 
 
 def files_in(folder, config_name=None) -> dict[str, list[str]]:
     """The files of each split that `datasets` finds in a folder; none where it finds something else than files."""
-    found = datasets.load_dataset_builder(folder, config_name).config.data_files or {}
+    with explained(f"--dataset_name {folder}"):
+        found = datasets.load_dataset_builder(folder, config_name).config.data_files or {}
     return {str(split): [str(path) for path in paths] for split, paths in found.items()}
+
+
+@contextmanager
+def explained(what, files=()):
+    """In the block, what `datasets` does not find or cannot read is a ValueError, with file and line where known."""
+    try:
+        yield
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        for path in filter(lambda path: Path(path).is_file(), files):
+            file_rows.check_readable(path)
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"{what} cannot be loaded: {reason}") from error
 
 
 def read_here(paths) -> bool:
@@ -81,7 +100,8 @@ def check_files(paths):
     """Raise a FileNotFoundError or ValueError for the first that is not there or empty."""
     for path in paths:
         if not Path(path).is_file():
-            raise FileNotFoundError(f"There is no file {path}.")
+            other = " but a folder, or a pipe, which cannot be read twice" if Path(path).exists() else ""
+            raise FileNotFoundError(f"There is no file {path}{other}.")
         if not Path(path).stat().st_size:
             raise ValueError(f"{path} has no rows: it is empty.")
 

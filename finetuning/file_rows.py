@@ -35,6 +35,7 @@ PACKED = {".gz": gzip, ".bz2": bz2, ".xz": lzma, ".zst": zstd}  # suffixes, and 
 MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
 SEPARATORS = ",;\t|"
 # Lists of objects under these names belong to a row; under any other, in the only object of a file, they are the rows.
+NOT_TEXT = {b"PK\x03\x04": "a zip archive", b"%PDF": "a PDF"}  # first bytes of what has the suffix of another type
 PARTS_OF_ROWS = ("messages", "conversations", "conversation", "对话", "history", "tools", "prompt", "completion")
 DECODER = json.JSONDecoder()
 DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError, *([zstd.ZstdError] if zstd else []))
@@ -93,7 +94,7 @@ def cells(row, place, problem=None) -> dict:
 def json_rows(path) -> Iterator[dict]:
     """The rows of a file with an object a line, or with lists of objects, or objects over several lines."""
     with opened(path) as file:
-        check_byte_order(path, file.read(4))
+        check_start(path, file.read(4))
         file.seek(0)
         first = next((line for line in file if line.strip(b" \t\r\n\xef\xbb\xbf")), b"").lstrip(b"\xef\xbb\xbf")
         more = any(line.strip() for line in file)
@@ -113,11 +114,11 @@ def spans_lines(path, first, file) -> bool:
     try:
         json.loads(first)
         return False
-    except ValueError:  # also where it is not UTF-8
+    except (ValueError, RecursionError):  # also where it is not UTF-8
         text = file.read().decode("utf-8-sig", "replace").lstrip()
     try:
         return "\n" in text[: DECODER.raw_decode(text)[1]]
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -126,7 +127,7 @@ def line_rows(path, file) -> Iterator[dict]:
     for number, line in enumerate(file, 1):
         place = f"{path}, line {number}"
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            text = line.decode("utf-8-sig").strip()  # files put behind one another have marks in between
         except UnicodeDecodeError as error:
             problem = f"{place}, byte {error.start + 1}: {not_utf8(path)}"
             yield cells(line.decode("utf-8", "replace"), place, problem)
@@ -190,6 +191,9 @@ def end_of_value(path, text, position) -> int:
         return DECODER.raw_decode(text, position)[1]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}.") from None
+    except (ValueError, RecursionError) as error:
+        line = text.count("\n", 0, position) + 1
+        raise ValueError(f"{path}, line {line}: JSON that Python does not read: {error}.") from None
 
 
 def rows_within(path, text, position) -> int | None:
@@ -201,7 +205,7 @@ def rows_within(path, text, position) -> int | None:
     if len(whole) > 1 and all(isinstance(value, dict) for value in whole.values()):
         raise ValueError(f"{path}: an object of rows by id is found; write them as a list, [{{...}}, ...].")
     lists = [key for key, value in whole.items() if is_list_of_objects(value)]
-    if len(lists) != 1 or lists[0] in PARTS_OF_ROWS:
+    if len(lists) != 1 or lists[0].strip().lower() in PARTS_OF_ROWS:
         return None
     say_once(f"{path} is one object: its rows are taken from the list under '{lists[0]}'.")
     for key, value_at in members(text, position):
@@ -231,13 +235,15 @@ def csv_rows(path) -> Iterator[dict]:
     """The rows of a csv or tsv file with a header; every cell is text."""
     csv.field_size_limit(2**31 - 1)
     with opened(path) as file:
-        check_byte_order(path, content := file.read())
+        check_start(path, content := file.read())
     text = decoded(path, content)
     reader = csv.reader(StringIO(text, newline=""), delimiter=separator(path, text), strict=True)
     try:
         yield from table_rows(path, ((f"line {reader.line_num}", row) for row in reader))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not csv: {error}.") from error
+        raise ValueError(
+            f"{path}, line {reader.line_num}: not csv: {error}. Within a quoted cell, write a quotation mark twice."
+        ) from error
 
 
 def separator(path, text) -> str:
@@ -263,11 +269,11 @@ def separator_of(path) -> str:
 
 
 def table_rows(path, rows) -> Iterator[dict]:
-    """Rows of cells, given as (place, cells), as objects; the first that is not empty holds the names."""
+    """Rows of cells, given as (place, cells), as objects; the first that is not blank holds the names."""
     names = None
     for where, row in rows:
         place = f"{path}, {where}"
-        if not row:
+        if not any(map(str.strip, row)):
             continue
         if names is None:
             names = [name.strip() for name in row]
@@ -300,11 +306,21 @@ def xlsx_rows(path) -> Iterator[dict]:
 def parquet_rows(path) -> Iterator[dict]:
     """The rows of a parquet file."""
     number = 0
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
-        for row in batch.to_pylist():
-            number += 1
-            row = {name: without_nulls(value) for name, value in row.items()}
-            yield cells(json.dumps(row, ensure_ascii=False, default=str), f"{path}, row {number}")
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+            for row in batch.to_pylist():
+                number += 1
+                row = {name: without_nulls(value) for name, value in row.items()}
+                yield cells(json.dumps(row, ensure_ascii=False, default=as_text), f"{path}, row {number}")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}, row {number}: bytes are found that are no text in UTF-8.") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no parquet file, or a damaged one: {error}") from None
+
+
+def as_text(value) -> str:
+    """A value that JSON does not know: bytes, as which some programs store text, a date, a decimal number."""
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def without_nulls(value):
@@ -332,11 +348,30 @@ def decoded(path, content) -> str:
         raise ValueError(f"{path}, line {line}: {not_utf8(path)}") from None
 
 
-def check_byte_order(path, start):
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError(
-            f"{path} is UTF-16. Save it as UTF-8: iconv -f UTF-16 -t UTF-8 {path} > utf8-{Path(path).name}"
-        )
+def check_start(path, start):
+    """Raise a ValueError for what the first four bytes show not to be text in UTF-8."""
+    found = json.detect_encoding(start[:4]).upper().replace("-LE", "LE").replace("-BE", "BE")  # iconv's names
+    if not found.startswith("UTF-8"):
+        name = Path(path).name
+        raise ValueError(f"{path} is {found}. Save it as UTF-8: iconv -f {found} -t UTF-8 {path} > utf8-{name}")
+    if start[:4] in NOT_TEXT:
+        raise ValueError(f"{path} is {NOT_TEXT[start[:4]]} and not what its name says: take the text out of it first.")
+
+
+def check_readable(path):
+    """Raise a ValueError for the first place of a file that is no text in UTF-8, or no row."""
+    if type_of(path) == "txt":
+        with opened(path) as file:
+            check_start(path, content := file.read())
+            decoded(path, content)
+        return
+    for row in read_rows([path]):
+        if row["problem"]:
+            raise ValueError(row["problem"])
+        try:
+            json.loads(row["row"])
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{row['place']}, column {error.colno}: not JSON: {error.msg}.") from None
 
 
 def not_utf8(path) -> str:

@@ -130,7 +130,7 @@ def show_data(data, raw):
 def example_lengths(encoded) -> list[int]:
     """Tokens of the examples of a split, or of 10,000 of them."""
     rows = encoded.select(range(0, len(encoded), max(1, len(encoded) // MEASURED_ROWS)))
-    return [len(ids) for ids in rows["input_ids"]]
+    return [len(ids) for ids in rows["input_ids"]] if len(rows) else []  # of no rows, no columns are known
 
 
 def show_model(model):

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 from datasets import Dataset
-from tiny import ROOT, results, said, write_jsonl
+from tiny import CHATS, ROOT, results, said, write_jsonl
 
 import run_chatglm_lora
 from finetuning import chat_rows
@@ -93,6 +93,28 @@ def test_sharegpt_and_openai_rows_are_the_same_conversation():
     assert messages[2] == {"role": "observation", "content": "22 度", "loss": False}
 
 
+@pytest.mark.parametrize("who, what", [("Role", "Content"), ("from", "content"), ("role", "value"), ("From ", "text")])
+def test_keys_of_messages_are_known_in_any_case_and_pairing(who, what):
+    listed = [{who: "user", what: "q"}, {who: "assistant", what: "a"}]
+    assert conversation({"messages": listed}, MESSAGES, "") == said("q", "a")
+
+
+@pytest.mark.parametrize("cell", ["9" * 5000, "[" * 100_000])
+def test_json_beyond_what_python_reads_is_a_bad_row(cell):
+    cells = {"row": f'{{"prompt": "q", "response": {cell}}}', "place": "a.jsonl, line 1", "problem": None}
+    with pytest.raises(BadRow, match="a.jsonl, line 1, column 1: not JSON: "):
+        conversation(cells, PAIR, "")
+
+
+def test_thousand_rows_without_an_example_or_a_reference_may_come_first(run, chatglm3, tmp_path):
+    ask = write_jsonl(tmp_path / "ask.jsonl", [{"prompt": "q"}] * 1000 + CHATS[:1])
+    flags = ["--train_file", write_jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "response": None}] * 1000 + CHATS[:1])]
+    flags += ["--test_file", ask, "--do_predict", "--max_target_length", 1, "--per_device_eval_batch_size", 1001]
+    folder = run("--model_name_or_path", chatglm3, "--do_train", "--max_steps", 1, "--no_self_check", flags)
+    rows = [json.loads(line) for line in (folder / "generated_predictions.jsonl").read_text().splitlines()]
+    assert [row["reference"] for row in rows[999:]] == [None, CHATS[0]["response"]]
+
+
 def test_tool_turn_is_a_call_and_an_observation():
     turn = {"role": "tool", "name": "f", "parameters": {"n": 3}, "observation": {"t": "高"}, "loss": False}
     call, observation = conversation({"messages": [*said("q"), turn]}, MESSAGES, "")[1:]
@@ -135,6 +157,9 @@ PLACE = r"train row 7, column 'messages', message 2: "
         ({"messages": []}, MESSAGES, "a list of messages is expected"),
         ({"messages": said("q")}, MESSAGES, r"no message is an answer \(role assistant or gpt\)"),
         ({"messages": [*said("q"), "a"]}, MESSAGES, PLACE + r'"a" \(text\) is found, an object with role and content'),
+        ({"messages": [*said("q"), {"role": "assistant", "answer": "a"}]}, MESSAGES,
+         PLACE + r"role and content \(or from and value\) are expected, not \['role', 'answer'\]"),
+        ({"messages": [*said("q"), {"speaker": "gpt", "content": "a"}]}, MESSAGES, PLACE + "role and content"),
         ({"messages": [*said("q"), {"role": "asistant", "content": "a"}]}, MESSAGES,
          PLACE + "the role 'asistant' is not one of .* Did you mean 'assistant'"),
         ({"messages": [*said("q"), {"role": "assistant", "content": {}}]}, MESSAGES, PLACE + "{} .* is found"),

@@ -14,6 +14,9 @@ def test_one_flag_names_several_files_a_pattern_or_a_folder(tmp_path):
     for value in (f"{one},{two}", str(tmp_path / "*.jsonl"), str(tmp_path)):
         assert listed_files(value) == [one, two]
     assert [json.loads(row["row"]) for row in read_rows([one, two])] == [{"n": "a"}, {"n": "b"}]
+    assert listed_files(f"{one}, {two},") == [one, two]  # a last comma is not the working folder
+    with pytest.raises(ValueError, match="An empty name holds or matches no file"):
+        listed_files("")
     with pytest.raises(ValueError, match=r"\*.csv holds or matches no file"):
         listed_files(str(tmp_path / "*.csv"))
 
@@ -32,7 +35,8 @@ def test_types_may_differ_but_for_plain_text(tmp_path):
 def test_plain_text_of_csv_files_is_read_with_their_separator(tmp_path):
     (tmp_path / "a.csv").write_text("text;label\na;1\nb;2\n")
     files = {"train": [str(tmp_path / "a.csv")]}
-    assert builder(files) == "csv" and builder_options("csv", files, keep_linebreaks=True) == {"sep": ";"}
+    options = {"converters": {0: str, 1: str}, "keep_default_na": False, "sep": ";"}
+    assert builder(files) == "csv" and builder_options("csv", files, keep_linebreaks=True) == options
 
 
 def test_plain_text_that_is_not_there_or_empty_is_named(tmp_path):

@@ -6,6 +6,7 @@ import json
 import sys
 
 import openpyxl
+import pyarrow.parquet
 import pytest
 
 from finetuning import file_rows
@@ -40,6 +41,13 @@ def test_cells_of_a_csv_file_are_text(tmp_path):
         ("a.json", '[{"n": "你"}]'.encode("gb18030"), "a.json, line 1: not UTF-8. .* iconv -f GB18030 -t UTF-8"),
         ("a.jsonl", '{"n": "你"}'.encode("utf-16"), "a.jsonl is UTF-16. Save it as UTF-8: iconv -f UTF-16"),
         ("a.csv", b'p,r\nx,"y', "a.csv, line .: not csv"),
+        ("a.csv", b'p,r\nx,"y" z', "a.csv, line 2: not csv: .* Within a quoted cell, write a quotation mark twice."),
+        ("a.jsonl", '{"n": 1}'.encode("utf-16-le"), "a.jsonl is UTF-16LE. Save it as UTF-8: iconv -f UTF-16LE"),
+        ("a.jsonl", '{"n": 1}'.encode("utf-32"), "a.jsonl is UTF-32. Save it as UTF-8: iconv -f UTF-32"),
+        ("a.jsonl", b"PK\x03\x04\x14", "a.jsonl is a zip archive and not what its name says"),
+        ("a.json", b'[{"n": ' + b"9" * 5000 + b"}]", "a.json, line 1: JSON that Python does not read: Exceeds"),
+        ("a.json", b"[{}," + b"[" * 100_000, "a.json, line 1: JSON that Python does not read: maximum recursion"),
+        ("a.parquet", b"PAR1xxxx", "a.parquet is no parquet file, or a damaged one: "),
     ],
 )
 def test_file_that_cannot_be_read_is_named_with_the_way_out(tmp_path, name, content, sentence):
@@ -64,6 +72,9 @@ def test_file_that_cannot_be_read_is_named_with_the_way_out(tmp_path, name, cont
         ("a.tsv", b"p\tr\na,b\tc\n", [({"p": "a,b", "r": "c"}, "line 2")]),
         ("a.csv", b"p;r\na,b;c\n", [({"p": "a,b", "r": "c"}, "line 2")]),
         ("a.csv", b"p , r\na;b,c\n", [({"p": "a;b", "r": "c"}, "line 2")]),
+        ("a.csv", b"\n,\np,r\n,\n  \nq,a\n", [({"p": "q", "r": "a"}, "line 6")]),
+        ("a.jsonl", b'\xef\xbb\xbf{"n": 1}\n\xef\xbb\xbf{"n": 2}\n', [({"n": 1}, "line 1"), ({"n": 2}, "line 2")]),
+        ("a.json", b'{"Messages": [{"role": "user"}]}', [({"Messages": [{"role": "user"}]}, "line 1")]),
         ("a.csv", b",p\n0,a\n", [({"": "0", "p": "a"}, "line 2")]),
         ("a.csv", b"text\na;b\nc\n", [({"text": "a;b"}, "line 2"), ({"text": "c"}, "line 3")]),
     ],
@@ -135,3 +146,11 @@ def test_package_that_a_file_type_needs_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     with pytest.raises(ValueError, match="a.xlsx: workbooks need openpyxl: pip install openpyxl"):
         rows(tmp_path / "a.xlsx")
+
+
+def test_bytes_of_parquet_files_are_text(tmp_path):
+    for name, cell in {"a": "你好".encode(), "b": b"\xff\xd8"}.items():
+        pyarrow.parquet.write_table(pyarrow.table({"p": [cell]}), tmp_path / f"{name}.parquet")
+    assert rows(tmp_path / "a.parquet") == [({"p": "你好"}, "row 1")]
+    with pytest.raises(ValueError, match="b.parquet, row 1: bytes are found that are no text in UTF-8"):
+        rows(tmp_path / "b.parquet")

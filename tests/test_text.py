@@ -155,11 +155,15 @@ def test_streaming_works_without_sample_caps(run, llama, folder_dataset):
     "change, sentence",
     [
         (["--block_size", 0], "--block_size must be at least 1, not 0"),
-        (["--block_size", 60, "--max_eval_samples", 0], "The validation data do not fill one block of 60 tokens"),
+        (["--block_size", 60, "--validation_file", "short.txt"], "The validation data do not fill one block of 60"),
         (["--do_predict"], "--do_predict needs rows to answer: pass --test_file"),
     ],
 )
-def test_mistake_in_the_data_is_found_before_the_weights_are_loaded(run, flags, monkeypatch, change, sentence):
+def test_mistake_in_the_data_is_found_before_the_weights_are_loaded(
+    run, flags, monkeypatch, tmp_path, change, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("seven lamps")
     monkeypatch.setattr(run_chatglm_lora, "loaded_model", lambda *a: pytest.fail("the weights were loaded"))
     with pytest.raises(ValueError, match=sentence):
         run(flags, "--do_train", "--do_eval", change)
@@ -223,3 +227,45 @@ def test_stream_of_one_text_file_is_split_as_upstream_splits_it(run, llama, text
     flags = ["--model_name_or_path", llama, "--train_file", text_files / "train.txt", "--block_size", 32]
     folder = run(flags, "--no_use_lora", "--streaming", "--do_train", "--max_steps", 2)
     assert len(losses(folder)) == 2
+
+
+def test_csv_cells_are_trained_as_they_are_written_and_null_is_an_empty_text(run, llama, tmp_path):
+    (tmp_path / "a.csv").write_text("text\n" + '007\nNA\n1.10\n""\n' * 9)
+    (tmp_path / "a.jsonl").write_text('{"text": "007"}\n{"text": "NA"}\n{"text": "1.10"}\n{"text": null}\n' * 9)
+    (tmp_path / "a.txt").write_text("007\nNA\n1.10\n\n" * 9)
+    common = ["--model_name_or_path", llama, "--do_train", "--max_steps", 2, "--block_size", 8, "--no_use_lora"]
+    common += ["--no_keep_linebreaks", "--validation_split_percentage", 0]
+    found = [
+        losses(run(common, "--train_file", tmp_path / f"a.{name}", output=name)) for name in ("csv", "jsonl", "txt")
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize(
+    "name, content, sentence",
+    [
+        ("a.txt", "你好".encode("gb18030") * 9, "a.txt, line 1: not UTF-8. If it is a Chinese encoding: iconv"),
+        ("a.txt", "你好".encode("utf-16"), "a.txt is UTF-16. Save it as UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b\n', "a.jsonl, line 2, column 10: not JSON: Unterminated"),
+        (
+            "a.jsonl",
+            b'{"text": 12}\n' * 9,
+            r"column 'text' is to be trained as text, and 12 \(a number\) is found in it",
+        ),
+        (
+            "a.csv",
+            b"id,body\n7,seven lamps\n" * 9,
+            r"The data have the columns \['id', 'body'\], whose names are not kno",
+        ),
+    ],
+)
+def test_text_that_cannot_be_read_or_is_none_is_named(run, llama, tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        run("--model_name_or_path", llama, "--do_train", "--train_file", tmp_path / name, "--block_size", 8)
+
+
+def test_text_of_one_line_is_trained_though_no_row_is_left_for_validation(run, llama, tmp_path):
+    (tmp_path / "a.txt").write_text("seven lamps before dawn " * 9)
+    flags = ["--model_name_or_path", llama, "--do_train", "--train_file", tmp_path / "a.txt", "--block_size", 8]
+    assert len(losses(run(flags, "--max_steps", 1))) == 1
