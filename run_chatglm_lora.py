@@ -52,6 +52,7 @@ import transformers
 from datasets import IterableDataset, IterableDatasetDict, load_dataset
 from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
+from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -114,11 +115,9 @@ require_version("datasets>=4.0", "To fix: pip install -r requirements.txt")
 logger = logging.getLogger("run_chatglm_lora")
 
 DTYPES = ["auto", "bfloat16", "float16", "float32"]
-NUMBER = datasets.Value("int64")
-TEXT = datasets.Value("string")
-EMPTY_EXAMPLE = {
-    "input_ids": [], "labels": [], "length": 0, "source_cut": False, "target_cut": False, "left_out": False,
-}  # fmt: skip
+NUMBER, TEXT, MARK = map(datasets.Value, ("int64", "string", "bool"))
+CUT = ("source_cut", "target_cut", "left_out")
+EMPTY_EXAMPLE = {"input_ids": [], "labels": [], "length": 0, **dict.fromkeys(CUT, False)}
 ENCODING_FLAGS = ("system_prompt", "skip_bad_rows", "max_source_length", "max_target_length")  # they shape the ids
 LOGGED_SHARE = 0.02  # 50 log lines a run; Trainer's 500 steps would show most small runs no loss at all
 LIMIT_FLAGS = {"train": "max_train_samples", "validation": "max_eval_samples"}
@@ -368,8 +367,7 @@ def raw_datasets(model_args, data_args, chat_args, training_args):
             builder = data_files.builder(files)
             more = data_files.builder_options(builder, files, data_args.keep_linebreaks)
             source, options = (builder,), {**options, "data_files": files, **more}
-        paths = list(chain.from_iterable(files.values()))
-        with data_files.explained(", ".join(paths) or f"--dataset_name {data_args.dataset_name}", paths):
+        with data_files.explained(data_args.dataset_name, files):
             raw = load_dataset(*source, **options)
         columns = {split: column_names(rows) for split, rows in raw.items()}
         row_format = chat_rows.format_of(columns, chat_args)
@@ -714,14 +712,11 @@ def encoded_prompts(batch, indices, tokenizer, row_format, chat_args, split):
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-# Thousands of rows that give no example, or have no reference, may come before the first that does.
-FEATURES = {
-    encoded_rows: features_of(
-        "input_ids", "labels", length=NUMBER, **dict.fromkeys(list(EMPTY_EXAMPLE)[3:], datasets.Value("bool")),
-        row=NUMBER, problem=TEXT,
-    ),
-    encoded_prompts: features_of("input_ids", prompt=TEXT, reference=TEXT, row=NUMBER, problem=TEXT),
-}  # fmt: skip
+FOUND = {"row": NUMBER, "problem": TEXT}
+FEATURES = {  # thousands of rows without an example, or without a reference, may come first
+    encoded_rows: features_of("input_ids", "labels", length=NUMBER, **dict.fromkeys(CUT, MARK), **FOUND),
+    encoded_prompts: features_of("input_ids", prompt=TEXT, reference=TEXT, **FOUND),
+}
 
 
 def reference(tokenizer, messages) -> str | None:
@@ -773,7 +768,7 @@ def loaded_config(model_args):
             raise OSError(f"{name} is neither a folder with a config.json nor found on the hub: {error}") from error
         except ValueError as error:
             if model_args.trust_remote_code or "trust_remote_code" not in str(error):
-                raise
+                raise ValueError(f"The configuration of {name}: {error}") from error
             raise ValueError(
                 f"{name} brings its own Python code. Read it; if you trust it, pass --trust_remote_code, "
                 "and pin what you have read with --model_revision COMMIT."
@@ -805,13 +800,14 @@ def loaded_tokenizer(model_args, adapter=None):
     name = tokenizer_name(model_args, adapter) or model_args.model_name_or_path
     if not name:
         raise ValueError("A model from scratch needs a tokenizer that exists: pass --tokenizer_name.")
-    return AutoTokenizer.from_pretrained(name, use_fast=model_args.use_fast_tokenizer, **hub_options(model_args))
+    with mistakes.named(f"The tokenizer of {name}", OSError, ValueError):
+        return AutoTokenizer.from_pretrained(name, use_fast=model_args.use_fast_tokenizer, **hub_options(model_args))
 
 
 def with_chat_template(tokenizer, chat_args):
     """The tokenizer, with the template of --chat_template."""
     if chat_args.chat_template:
-        tokenizer.chat_template = Path(chat_args.chat_template).read_text(encoding="utf-8")
+        encoding.take_template(tokenizer, chat_args.chat_template)
     return tokenizer
 
 
@@ -829,7 +825,8 @@ def loaded_model(model_args, lora_args, training_args, config, tokenizer):
         dtype = model_args.dtype if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
         options = {**hub_options(model_args), **loading_options(lora_args, training_args)}
         name = model_args.model_name_or_path
-        model = model_class(config).from_pretrained(name, config=config, dtype=dtype, **options)
+        with mistakes.named(f"The weights of {name} cannot be loaded", OSError, SafetensorError):
+            model = model_class(config).from_pretrained(name, config=config, dtype=dtype, **options)
         logger.info(f"Code of the model: {provenance.code_in_words(model)}")
     else:
         options = attention_options(lora_args)

@@ -59,6 +59,7 @@ ROLES = {
 }
 CALLS = {"tool_calls", "function_call", "parameters"}  # with one of these a message may have no content
 LOSS_KEYS = ("loss", "weight", "train")  # ms-swift's, OpenAI's, axolotl's
+VERDICTS = ("label", "kto_tag")  # of preference data (KTO): whether an answer is a good one
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # DeepSeek's and Qwen's, OpenRouter's, gpt-oss'
 TOOLS_PROMPT = (
     "Answer the following questions as best as you can. You have access to the following tools:"  # ChatGLM3's
@@ -358,6 +359,12 @@ def conversation(cells, found, place, system_prompt=None, questions_only=False) 
         messages.insert(0, message_of("system", system_prompt))
     if row.get("tools"):
         messages = with_tools(messages, row["tools"], f"{place}, column 'tools'")
+    bad = next((name for name in VERDICTS if row.get(name) is False), None)
+    if bad and not questions_only:
+        raise BadRow(
+            f"{place}: '{bad}' is false, which says that the answer is not to be learnt (KTO): go on without such "
+            "rows, --skip_bad_rows, or delete the column."
+        )
     if not questions_only and not any(message["role"] == "assistant" for message in messages):
         raise BadRow(f"{place}, column '{found.messages}': no message is an answer (role assistant or gpt).")
     return messages

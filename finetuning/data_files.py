@@ -3,6 +3,7 @@
 import glob
 import json
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -74,19 +75,21 @@ def listed_files(value) -> list[str]:
 
 def files_in(folder, config_name=None) -> dict[str, list[str]]:
     """The files of each split that `datasets` finds in a folder; none where it finds something else than files."""
-    with explained(f"--dataset_name {folder}"):
+    with explained(folder, {}):
         found = datasets.load_dataset_builder(folder, config_name).config.data_files or {}
     return {str(split): [str(path) for path in paths] for split, paths in found.items()}
 
 
 @contextmanager
-def explained(what, files=()):
+def explained(dataset_name, files):
     """In the block, what `datasets` does not find or cannot read is a ValueError, with file and line where known."""
     try:
         yield
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        for path in filter(lambda path: Path(path).is_file(), files):
+        paths = list(chain.from_iterable(files.values()))
+        for path in filter(lambda path: Path(path).is_file(), paths):
             file_rows.check_readable(path)
+        what = f"--dataset_name {dataset_name}" if dataset_name else ", ".join(paths)
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"{what} cannot be loaded: {reason}") from error
 

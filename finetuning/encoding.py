@@ -4,10 +4,14 @@
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
+
+from jinja2 import TemplateSyntaxError
 
 from . import chat_rows
 from .batches import IGNORE_INDEX
+from .mistakes import named
 
 
 ENDING_TOKENS = 8  # room for what ends an answer: its eos, and what a template writes after it, such as a newline
@@ -19,6 +23,13 @@ def is_complete(messages) -> bool:
         m["content"] is None or (m["loss"] and not m["content"].strip() and not m.get("tool_calls")) for m in messages
     )
     return not any(empty)
+
+
+def take_template(tokenizer, path):
+    """Give a tokenizer the chat template in a file. Raises a ValueError for a file that is none."""
+    with named(f"--chat_template {path}", OSError, ValueError, TemplateSyntaxError):
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        tokenizer.apply_chat_template([{"role": "user", "content": "1"}], tokenize=False)
 
 
 def templated(tokenizer, messages, **options):

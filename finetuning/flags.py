@@ -55,6 +55,8 @@ LIBRARY_SENTENCES = {
     "doesn't support bf16": "--bf16 needs a GPU that knows the type: on CPUs add --use_cpu, or leave --bf16 out.",
     "requires the save and eval strategy to match": "--load_best_model_at_end compares what is saved: --eval_strategy "
     "and --save_strategy must be the same (steps or epoch), or --save_strategy best.",
+    "MASTER_ADDR": "WORLD_SIZE or LOCAL_RANK is set in the environment, and no launcher has set MASTER_ADDR: unset "
+    "both, or start with torchrun.",
     "saving steps to be a": "--load_best_model_at_end compares what is saved: --save_steps must be a multiple of "
     "--eval_steps.",
 }

@@ -79,7 +79,7 @@ def check_launch(args):
 def check_processes(args):
     """Raise a ValueError if a launcher started several processes, each of which would train alone."""
     counts = {
-        name: int(os.environ.get(name, 1))
+        name: int(os.environ.get(name) or 1)
         for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
     }
     name = max(counts, key=counts.get)
@@ -199,7 +199,7 @@ def claim_folder(folder, lock):
     try:
         held_lock.acquire()
         (folder / HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-        atexit.register((folder / HOLDER).unlink, missing_ok=True)  # also where the run fails
+        atexit.register(release_folder)  # also where the run fails
     except Timeout as error:
         holder = (folder / HOLDER).read_text(encoding="utf-8") if (folder / HOLDER).exists() else "it"
         raise ValueError(
@@ -240,14 +240,19 @@ class LateFlag:
         return before
 
 
-def end_processes():
-    """Leave the process group together. Without it one run in four under gloo aborts after its work is done."""
+def release_folder():
+    """Let go of the output folder, and leave no trace of having held it."""
     global held_lock
     if held_lock is not None:
         held_lock.release()
         for name in (LOCK, HOLDER):
             Path(held_lock.lock_file).with_name(name).unlink(missing_ok=True)
         held_lock = None
+
+
+def end_processes():
+    """Leave the process group together. Without it one run in four under gloo aborts after its work is done."""
+    release_folder()
     if distributed.is_available() and distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()

@@ -108,7 +108,8 @@ def own_fields(path, kind, accepted) -> dict:
     if path is None:
         return {}
     try:
-        own = json.loads(Path(path).read_text(encoding="utf-8"))
+        with mistakes.named(f"--peft_config {path}", OSError):
+            own = json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"--peft_config {path}, line {error.lineno}: {error.msg}.") from error
     if not isinstance(own, dict):

@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import wraps
 
 
@@ -69,6 +70,17 @@ def is_for_the_user(error: BaseException) -> bool:
     frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
     raised = linecache.getline(frame.f_code.co_filename, line, frame.f_globals).lstrip().startswith("raise ")
     return raised and frame.f_globals["__name__"].partition(".")[0] in OURS
+
+
+@contextmanager
+def named(what, *kinds):
+    """In the block, an error of some classes, which a library raises for what the user named, is a sentence."""
+    try:
+        yield
+    except kinds as error:
+        if is_for_the_user(error):
+            raise
+        raise ValueError(f"{what}: {' '.join(str(error).split())}") from error
 
 
 def speaks() -> bool:

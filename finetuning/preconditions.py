@@ -2,8 +2,10 @@
 
 import importlib.util
 import logging
+import re
 from pathlib import Path
 
+import torch
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -12,12 +14,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AttentionInterface
+from transformers import AttentionInterface, get_scheduler
 
 from . import methods
 from .adapters import adapter_names, adapter_weights, kind_of_result
 from .flags import check_ranges
-from .mistakes import did_you_mean
+from .mistakes import did_you_mean, named
 
 
 logger = logging.getLogger("run_chatglm_lora.preconditions")
@@ -66,6 +68,10 @@ def check(model_args, data_args, lora_args, training_args):
         check_ranges(vars(arguments))
     check_stages(data_args, training_args)
     check_packages(training_args)
+    check_schedule(training_args)
+    for flag in ("lora_target_modules", "lora_exclude_modules"):
+        with named(f"--{flag} {getattr(lora_args, flag)} is no regular expression", re.error):
+            re.compile(getattr(lora_args, flag) or "")
     methods.check(lora_args, training_args)
     check_adapter_weights(lora_args, training_args)
     check_folders(model_args, lora_args)
@@ -109,6 +115,19 @@ def check_packages(args):
             return
 
 
+def check_schedule(args):
+    """Raise a ValueError if the learning rate cannot follow --lr_scheduler_type with its --lr_scheduler_kwargs."""
+    if args.do_train and args.lr_scheduler_kwargs:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+        options = {
+            "num_warmup_steps": 0,
+            "num_training_steps": 1,
+            "scheduler_specific_kwargs": args.lr_scheduler_kwargs,
+        }
+        with named(f"--lr_scheduler_kwargs {args.lr_scheduler_kwargs}", TypeError, ValueError):
+            get_scheduler(args.lr_scheduler_type, optimizer, **options)
+
+
 def installed(module) -> bool:
     return importlib.util.find_spec(module) is not None
 
@@ -141,6 +160,8 @@ def check_folders(model_args, lora_args):
 
 def check_adapter_folder(adapter):
     if not Path(adapter).is_dir():
+        if is_path(adapter) or Path(adapter).exists():
+            raise OSError(f"--adapter_name_or_path: there is no folder {adapter}.{holding(adapter)}")
         return
     found = kind_of_result(Path(adapter))
     if found == "full model":
@@ -161,7 +182,7 @@ def check_name(flag, name, model_args):
     """
     if Path(name).exists():
         return
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+    if is_path(name):
         raise OSError(f"{flag}: there is no folder {name}.{holding(name)}")
     if constants.is_offline_mode():
         check_cached(f"{flag}: there is no folder {name}, and HF_HUB_OFFLINE is set", name, model_args)
@@ -179,6 +200,11 @@ def check_name(flag, name, model_args):
         check_cached(beginning, name, model_args)
         logger.warning(f"{constants.ENDPOINT} cannot be reached: {name} is taken from the hub's cache.")
         constants.HF_HUB_OFFLINE = True
+
+
+def is_path(name) -> bool:
+    """Whether a name can be none of the hub's, which are OWNER/NAME."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
 def check_cached(beginning, name, model_args):

@@ -11,6 +11,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from .batches import IGNORE_INDEX
+from .mistakes import named
 
 
 PAGE_ROWS = 20  # of --preview_html without --preview
@@ -55,7 +56,8 @@ def show(data, tokenizer, chat_args):
         print(f"--- {title(split, number, example)} ---\n{text(tokenizer, example, coloured(sys.stdout))}")
     if chat_args.preview_html:
         page = html_page(tokenizer, split, examples)
-        Path(chat_args.preview_html).write_text(page, encoding="utf-8")
+        with named(f"--preview_html {chat_args.preview_html}", OSError):
+            Path(chat_args.preview_html).write_text(page, encoding="utf-8")
         print(f"Wrote {chat_args.preview_html}: the first {len(examples)} {split} examples.")
 
 

@@ -153,6 +153,7 @@ PLACE = r"train row 7, column 'messages', message 2: "
         ({"prompt": "q", "respnse": "a"}, PAIR, "no column 'response' but .* Did you mean 'respnse'"),
         ({"prompt": "q", "response": "a", "history": [["x"]]}, PAIR, r"column 'history': .* \(a list\) is not a"),
         ({"prompt": "q", "response": "a", "history": "[["}, PAIR, "column 'history': .* is not JSON for a list"),
+        ({"prompt": "q", "response": "a", "label": False}, PAIR, r"'label' is false, which says .* \(KTO\)"),
         ({"messages": "none"}, MESSAGES, "a list of messages is expected"),
         ({"messages": []}, MESSAGES, "a list of messages is expected"),
         ({"messages": said("q")}, MESSAGES, r"no message is an answer \(role assistant or gpt\)"),

@@ -1,12 +1,14 @@
 """What cannot be done is found before anything is loaded."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.errors import HTTPError
 
-from finetuning import preconditions
+from finetuning import launching, preconditions
+from finetuning.mistakes import is_for_the_user
 
 
 @pytest.mark.parametrize(
@@ -30,6 +32,9 @@ from finetuning import preconditions
         ),
         ("--do_train --optim paged_adamw_8bit", "--optim paged_adamw_8bit needs a package: pip install bitsandbytes"),
         ("--do_train --model_name_or_path ./nothere", "--model_name_or_path: there is no folder ./nothere."),
+        ("--do_train --lora_target_modules [", "--lora_target_modules [ is no regular expression: unterminated"),
+        ("--do_train --adapter_name_or_path ./nothere", "--adapter_name_or_path: there is no folder ./nothere."),
+        ('--do_train --lr_scheduler_kwargs {"x":1}', "unexpected keyword argument 'x'"),
         ("--do_train --model_name_or_path some/where", "there is no folder some/where, and HF_HUB_OFFLINE is set."),
     ],
 )
@@ -38,6 +43,28 @@ def test_what_cannot_be_done_is_said_at_once(run, monkeypatch, words, sentence):
     with pytest.raises((ValueError, OSError)) as error:
         run(words.split(), "--train_file", "x.jsonl")
     assert sentence in str(error.value)
+
+
+def test_what_a_library_cannot_load_is_named_and_no_trace_stays_in_the_output_folder(run, chatglm3, chats, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(chatglm3, broken)
+    (broken / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    (tmp_path / "a.jinja").write_text("{% for")
+    common = ["--do_train", "--train_file", chats, "--model_name_or_path"]
+    for words, sentence in {
+        (broken,): f"The weights of {broken} cannot be loaded: Error while deserializing",
+        (tmp_path, "--tokenizer_name", chatglm3): f"{tmp_path} is neither a folder with a config.json",
+        (chatglm3, "--tokenizer_name", chats): f"The tokenizer of {chats}: It looks like the config file",
+        (chatglm3, "--chat_template", tmp_path / "a.jinja"): "a.jinja: unexpected 'end of template'",
+        (chatglm3, "--chat_template", "b.jinja"): "--chat_template b.jinja: .* No such file",
+        (chatglm3, "--peft_config", "b.json"): "--peft_config b.json: .* No such file",
+        (chatglm3, "--dataset_name", "./nothere"): "--dataset_name ./nothere cannot be loaded: Couldn't reach",
+    }.items():
+        with pytest.raises((ValueError, OSError), match=sentence) as error:
+            run(common, words)
+        assert is_for_the_user(error.value)
+        launching.release_folder()  # at the end of a process
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_every_optimizer_that_trainer_imports_from_elsewhere_has_its_package():
