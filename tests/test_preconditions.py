@@ -53,7 +53,7 @@ def test_what_a_library_cannot_load_is_named_and_no_trace_stays_in_the_output_fo
     common = ["--do_train", "--train_file", chats, "--model_name_or_path"]
     for words, sentence in {
         (broken,): f"The weights of {broken} cannot be loaded: Error while deserializing",
-        (tmp_path, "--tokenizer_name", chatglm3): f"{tmp_path} is neither a folder with a config.json",
+        (tmp_path, "--tokenizer_name", chatglm3): f"The configuration of {tmp_path}: Unrecognized model",
         (chatglm3, "--tokenizer_name", chats): f"The tokenizer of {chats}: It looks like the config file",
         (chatglm3, "--chat_template", tmp_path / "a.jinja"): "a.jinja: unexpected 'end of template'",
         (chatglm3, "--chat_template", "b.jinja"): "--chat_template b.jinja: .* No such file",
