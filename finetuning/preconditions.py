@@ -117,14 +117,15 @@ def check_packages(args):
 
 def check_schedule(args):
     """Raise a ValueError if the learning rate cannot follow --lr_scheduler_type with its --lr_scheduler_kwargs."""
-    if args.do_train and args.lr_scheduler_kwargs:
+    if args.do_train:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
         options = {
             "num_warmup_steps": 0,
             "num_training_steps": 1,
             "scheduler_specific_kwargs": args.lr_scheduler_kwargs,
         }
-        with named(f"--lr_scheduler_kwargs {args.lr_scheduler_kwargs}", TypeError, ValueError):
+        given = f"--lr_scheduler_type {args.lr_scheduler_type.value} --lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
+        with named(given, TypeError, ValueError):
             get_scheduler(args.lr_scheduler_type, optimizer, **options)
 
 

@@ -34,6 +34,10 @@ from finetuning.mistakes import is_for_the_user
         ("--do_train --model_name_or_path ./nothere", "--model_name_or_path: there is no folder ./nothere."),
         ("--do_train --lora_target_modules [", "--lora_target_modules [ is no regular expression: unterminated"),
         ("--do_train --adapter_name_or_path ./nothere", "--adapter_name_or_path: there is no folder ./nothere."),
+        (
+            "--do_train --lr_scheduler_type cosine_with_min_lr",
+            "cosine_with_min_lr --lr_scheduler_kwargs None: One of min_lr",
+        ),
         ('--do_train --lr_scheduler_kwargs {"x":1}', "unexpected keyword argument 'x'"),
         ("--do_train --model_name_or_path some/where", "there is no folder some/where, and HF_HUB_OFFLINE is set."),
     ],
