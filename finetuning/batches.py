@@ -10,9 +10,11 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from datasets import IterableDataset
 from peft import PeftModel
+from pyarrow.compute import list_value_length
 from transformers import DataCollatorWithFlattening
 
 
@@ -107,6 +109,12 @@ def packed(batch, length):
         "labels": [[label for row in pack for label in batch["labels"][row]] for pack in packs],
         "position_ids": [[position for row in pack for position in range(sizes[row])] for pack in packs],
     }
+
+
+def example_lengths(data) -> np.ndarray:
+    """Tokens of each example of a data set [N]; its columns are not known where it has none."""
+    columns = data.with_format("arrow")[:]
+    return list_value_length(columns["input_ids"]).to_numpy() if len(data) else np.empty(0)
 
 
 def repeated_stream(data):

@@ -17,7 +17,6 @@ from itertools import islice
 
 import numpy as np
 import peft
-import pyarrow.compute
 import torch
 from accelerate.utils.modeling import calculate_maximum_sizes
 from datasets import IterableDataset
@@ -27,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GradientCheckpointingLayer
 
-from .batches import ChatCollator, base_of, takes_logits_to_keep
+from .batches import ChatCollator, base_of, example_lengths, takes_logits_to_keep
 
 
 CARDS = (8, 12, 16, 24, 40, 80)  # GiB
@@ -389,7 +388,6 @@ def longest_batch(model, collator, data, args) -> dict[str, torch.Tensor]:
 def longest_rows(data, count) -> list[dict]:
     if isinstance(data, IterableDataset):
         return sorted(islice(data, STREAMED_ROWS), key=lambda row: -len(row["input_ids"]))[:count]
-    lengths = pyarrow.compute.list_value_length(data.with_format("arrow")[:]["input_ids"]).to_numpy()
-    order = np.argsort(-lengths, kind="stable")[:count]
+    order = np.argsort(-example_lengths(data), kind="stable")[:count]
     rows = [data[int(number)] for number in order]
     return (rows * count)[:count]

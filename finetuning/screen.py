@@ -14,6 +14,7 @@ import transformers
 from datasets import IterableDataset
 from transformers import TrainerCallback
 
+from .batches import example_lengths
 from .versions import untested_transformers
 
 
@@ -21,7 +22,6 @@ logger = logging.getLogger("run_chatglm_lora")
 plan_logger = logging.getLogger("run_chatglm_lora.plan")
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-MEASURED_ROWS = 10_000  # of a split, evenly spaced, give the median of the lengths
 
 # Warnings of libraries that say nothing to whoever trains: (category, beginning of the text, why it is harmless here).
 HARMLESS_WARNINGS = [
@@ -116,21 +116,15 @@ def processes(args) -> str:
 
 
 def show_data(data, raw):
-    """Log rows, examples and lengths of each split; the lengths from 10,000 examples where there are more."""
+    """Log rows, examples and lengths of each split."""
     for split, encoded in data.items():
         if isinstance(encoded, IterableDataset):
             logger.info(f"Data of {split}: a stream")
             continue
         given = f"{len(raw[split])} rows, " if split in raw and not isinstance(raw[split], IterableDataset) else ""
         sizes = example_lengths(encoded)
-        lengths = f" of {np.median(sizes):.0f} tokens in the median and {max(sizes)} at most" if sizes else ""
+        lengths = f" of {np.median(sizes):.0f} tokens in the median and {max(sizes)} at most" if len(sizes) else ""
         logger.info(f"Data of {split}: {given}{len(encoded)} examples{lengths}")
-
-
-def example_lengths(encoded) -> list[int]:
-    """Tokens of the examples of a split, or of 10,000 of them."""
-    rows = encoded.select(range(0, len(encoded), max(1, len(encoded) // MEASURED_ROWS)))
-    return [len(ids) for ids in rows["input_ids"]] if len(rows) else []  # of no rows, no columns are known
 
 
 def show_model(model):
