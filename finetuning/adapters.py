@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from .batches import PaddedCollator
+from .mistakes import named
 
 
 logger = logging.getLogger("run_chatglm_lora.adapters")
@@ -48,21 +49,29 @@ def local_folder(name: str, revision: str | None = None) -> Path:
 def adapter_config(folder: Path) -> peft.PeftConfig | None:
     """The configuration of the adapter in a folder; None if the folder holds none.
 
-    Raises ValueError if the weights beside it are cut short.
+    Raises ValueError if it is not what PEFT writes, or the weights beside it are missing or cut short.
     """
     if not (folder / "adapter_config.json").is_file():
         return None
     check_whole(folder / peft.utils.SAFETENSORS_WEIGHTS_NAME)
-    return peft.PeftConfig.from_pretrained(str(folder))
+    with named(f"{folder}/adapter_config.json is not what PEFT writes", ValueError, TypeError, KeyError):
+        config = peft.PeftConfig.from_pretrained(str(folder))
+    if config.peft_type is None:
+        raise ValueError(f"{folder}/adapter_config.json is not what PEFT writes: it has no peft_type.")
+    return config
 
 
 def check_whole(path: Path):
-    """Raise a ValueError if a safetensors file is shorter than its header says; its numbers are not read."""
+    """Raise a ValueError if a safetensors file is shorter than its header says, or neither it nor a .bin is there.
+
+    Its numbers are not read.
+    """
     try:
         with safe_open(path, framework="pt"):
             pass
-    except FileNotFoundError:  # a .bin file, or a later error that names what is missing
-        return
+    except FileNotFoundError:
+        if not path.with_suffix(".bin").is_file():
+            raise ValueError(f"{path} is missing: copy all files of the adapter.") from None
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or was cut short ({error}): copy it again.") from error
 
@@ -93,6 +102,7 @@ def base_of(adapter: Path, override: str | None) -> tuple[str, str]:
     Raises ValueError where nothing was noted, or a folder that is no longer there.
     """
     if override:
+        check_not_adapter(override)
         return override, "main"
     config = adapter_config(adapter)
     name = config.base_model_name_or_path
@@ -100,9 +110,22 @@ def base_of(adapter: Path, override: str | None) -> tuple[str, str]:
         raise ValueError(f"{adapter}/adapter_config.json names no base model: pass --base_model.")
     if is_folder_that_is_gone(name):
         raise ValueError(f"The base model of {adapter} is not at {name} any more: pass its place with --base_model.")
-    record = adapter / "provenance.json"  # of run_chatglm_lora.py
-    noted = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    check_not_adapter(name)
+    noted = record_of(adapter)
     return name, config.revision or noted.get("commit") or noted.get("revision") or "main"
+
+
+def check_not_adapter(base: str):
+    """Raise a ValueError if what is to be the base of an adapter is an adapter itself, in a folder."""
+    if (Path(base) / "adapter_config.json").is_file():
+        raise ValueError(f"The base model, {base}, is an adapter itself: merge it into its base, and name the result.")
+
+
+def record_of(folder: Path) -> dict:
+    """What run_chatglm_lora.py noted in provenance.json; empty for an adapter that it did not write."""
+    path = folder / "provenance.json"
+    with named(f"{path} is damaged", ValueError):
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def own_tokenizer(adapter: str | None) -> str | None:
@@ -223,8 +246,7 @@ def weights_hash(folder: Path) -> str | None:
 def check_base(adapter: str, model):
     """Raise a ValueError if an adapter, or a saved prefix, was trained on another base than the model is."""
     folder = adapter_folder(adapter) or Path(adapter)
-    record = folder / "provenance.json"
-    noted = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    noted = record_of(folder)
     config = adapter_config(folder)
     before = (config and config.base_model_name_or_path) or noted.get("base_model")
     if not before:

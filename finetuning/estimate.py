@@ -310,6 +310,7 @@ def show(build: Callable, collator: Callable, data, dtype, lora_args, training_a
     lora_args = changed(lora_args, init_lora_weights="true")  # others look at the weights, for the same shapes
     asked = Setup("as asked", "", dtype, lora_args, training_args)
     logging.getLogger("run_chatglm_lora").setLevel(logging.WARNING)  # a model is made for each line below
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what fails is a sentence below
     print("\n".join(about_steps(build(dtype, lora_args, training_args), data["train"], training_args)))
     print(line_of("GiB on one GPU", [*(field.name for field in fields(Memory)), "total"]))
     found = []  # [(setup, memory)]

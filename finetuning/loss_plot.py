@@ -25,15 +25,18 @@ def log_of(folder: str | os.PathLike) -> list[dict]:
     Raises ValueError if there is none, or nothing in it.
     """
     checkpoints = Path(folder).glob("checkpoint-*/trainer_state.json")
-    newest = sorted(checkpoints, key=lambda path: int(path.parent.name.rpartition("-")[2]), reverse=True)
+    steps = {path: path.parent.name.rpartition("-")[2] for path in checkpoints}
+    numbered = {path: int(step) for path, step in steps.items() if step.isdecimal()}  # others a user has renamed
+    newest = sorted(numbered, key=numbered.get, reverse=True)
     path = next((path for path in (Path(folder, "trainer_state.json"), *newest) if path.is_file()), None)
     if path is None:
         raise ValueError(f"{folder} is no folder of a training run: there is no trainer_state.json in it.")
     try:
         log = json.loads(path.read_text(encoding="utf-8"))["log_history"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        losses = [float(entry[key]) for entry in log for key in PANELS["loss"] if key in entry and entry["step"] >= 0]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a state that Trainer wrote ({type(error).__name__}: {error}).") from error
-    if not any("loss" in entry or "eval_loss" in entry for entry in log):
+    if not losses:
         raise ValueError(f"{path} holds no loss: the run logged none (see --logging_steps).")
     return log
 

@@ -90,7 +90,7 @@ class AnswerFile:
         """The lines that an unfinished run with the same settings left; the file then holds these and no half line."""
         kept = []
         if self.path.exists() and self.unfinished.exists() and self.unfinished.read_text() == self.made_with:
-            whole, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
+            whole, _, _ = self.path.read_bytes().rpartition(b"\n")  # bytes, whose lines do not end at U+2028
             kept = [json.loads(line) for line in whole.splitlines()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.unfinished.write_text(self.made_with)

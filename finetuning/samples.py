@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from .chat_rows import RowFormat
 from .data_files import ROW_FEATURES, check_files
+from .mistakes import named
 from .prediction import generated_ids, search_options, write_lines
 
 
@@ -32,7 +33,8 @@ def sample_rows(path) -> datasets.Dataset:
     Raises ValueError for a file without a line.
     """
     check_files([path])
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    with named(f"--sample_prompts {path} is not UTF-8", UnicodeDecodeError):
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines parts at U+2028 as well
     rows = [
         {"row": row_of_line(line), "place": f"--sample_prompts {path}, line {number}", "problem": None}
         for number, line in enumerate(lines, 1)
@@ -67,7 +69,7 @@ class SampleAnswers(TrainerCallback):
         """A file of an earlier run ends where this one goes on: it is empty where it begins."""
         path = Path(args.output_dir, FILE)
         if args.should_save and path.exists():
-            whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+            whole, _, _ = path.read_bytes().rpartition(b"\n")  # bytes, whose lines do not end at U+2028
             lines = [line for line in map(json.loads, whole.splitlines()) if line["step"] <= state.global_step]
             write_lines(path, lines, "w")
 

@@ -31,7 +31,7 @@ def parsed_arguments() -> argparse.Namespace:
     page = parser.add_argument_group("page")
     page.add_argument("--web", action="store_true", help="serve a page; needs gradio")
     page.add_argument("--host", default="127.0.0.1", help="0.0.0.0: let other computers in (default: this one alone)")
-    page.add_argument("--port", type=int, default=7860)
+    page.add_argument("--port", type=flags.port, default=7860)
     page.add_argument("--example", metavar="TEXT", action="append", help="a question to offer; may be given again")
     return parser.parse_args()
 
@@ -43,6 +43,9 @@ def main():
     try:
         options = flags.generation_options(arguments)
         tools = flags.tools_in(arguments.tools) if arguments.tools else None
+        question = sys.stdin.read().strip() if arguments.prompt == "-" else arguments.prompt
+        if question is not None and not question.strip():
+            raise ValueError("--prompt: there is no question.")
     except (OSError, ValueError) as error:
         sys.exit(f"chat.py: {error}")
 
@@ -52,10 +55,9 @@ def main():
 
     try:
         bot = loading.chatbot(arguments, options, tools)
-        if arguments.prompt is not None:
-            text = sys.stdin.read().strip() if arguments.prompt == "-" else arguments.prompt
+        if question is not None:
             system = [{"role": "system", "content": arguments.system}] if arguments.system else []
-            terminal.printed(bot, [*system, {"role": "user", "content": text}], stream=sys.stdout.isatty())
+            terminal.printed(bot, [*system, {"role": "user", "content": question}], stream=sys.stdout.isatty())
         elif arguments.web:
             from answering.chat_page import page, serve  # gradio is optional, and takes seconds
 

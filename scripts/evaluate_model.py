@@ -26,9 +26,9 @@ def parsed_arguments() -> argparse.Namespace:
     flags.add_model_flags(parser)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the data set, downloaded")
     parser.add_argument("--task", required=True, help=f"{', '.join(TASKS)}, or any name that lm_eval knows")
-    parser.add_argument("--num_fewshot", type=int, help="examples in the prompt (default: the task's)")
-    parser.add_argument("--limit", type=int, help="questions of each task, for a look")
-    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--num_fewshot", type=flags.at_least_0, help="examples in the prompt (default: the task's)")
+    parser.add_argument("--limit", type=flags.at_least_1, help="questions of each task, for a look")
+    parser.add_argument("--batch_size", type=flags.at_least_1, default=1)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON")
     return parser.parse_args()
 

@@ -33,6 +33,8 @@ def parsed_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.adapter_only and arguments.format != "native":
         parser.error("--adapter_only changes the layout of an adapter: it goes with --format native")
+    if arguments.adapter_only and arguments.ollama:
+        parser.error("--ollama is for a merged model: leave it or --adapter_only out")
     return arguments
 
 

@@ -28,12 +28,21 @@ def parsed_arguments() -> argparse.Namespace:
     flags.add_sampling_flags(parser)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="0.0.0.0: let other computers in (default: this one alone)")
-    group.add_argument("--port", type=int, default=8000)
+    group.add_argument("--port", type=flags.port, default=8000)
     group.add_argument("--api_key", metavar="KEY", help="answer only requests that bring this key")
     group.add_argument("--name", help="the model's name for clients (default: the last part of MODEL)")
-    group.add_argument("--max_prompt_tokens", type=int, help="longest prompt (default: what the model has room for)")
-    group.add_argument("--max_waiting", type=int, default=16, help="requests that may wait (default %(default)s)")
-    return parser.parse_args()
+    group.add_argument(
+        "--max_prompt_tokens",
+        type=flags.at_least_1,
+        help="longest prompt (default: what the model has room for)",
+    )
+    group.add_argument(
+        "--max_waiting", type=flags.at_least_0, default=16, help="requests that may wait (default %(default)s)"
+    )
+    arguments = parser.parse_args()
+    if arguments.api_key == "":  # of a variable that is not set
+        parser.error("--api_key is empty, and everybody could ask: give a key, or leave the flag out")
+    return arguments
 
 
 def main():

@@ -30,8 +30,11 @@ def parsed_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.hidden_size % 16 or arguments.hidden_size <= 0:
         parser.error(f"--hidden_size {arguments.hidden_size} is not a multiple of 16")
-    if arguments.vocab_size <= SETTLED_IDS + 2:
+    if arguments.vocab_size <= SETTLED_IDS + 4:
         parser.error(f"--vocab_size {arguments.vocab_size} leaves no room beside the {SETTLED_IDS} fixed pieces")
+    for name, least in {"num_layers": 1, "embedding_rows": 0, "seed": 0}.items():
+        if not least <= (value := getattr(arguments, name)) < 2**32:
+            parser.error(f"--{name} must be at least {least} and less than 2**32, not {value}")
     for path in arguments.text:
         if not path.is_file():
             parser.error(f"--text {path} is not a file")
@@ -50,7 +53,10 @@ def main():
         write_checkpoint,  # late: it imports torch, which --help and mistakes do not need
     )
 
-    print(write_checkpoint(arguments))
+    try:
+        print(write_checkpoint(arguments))
+    except (OSError, ValueError) as error:
+        sys.exit(f"tiny_chatglm.py: {error}")
 
 
 if __name__ == "__main__":

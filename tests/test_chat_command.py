@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -11,6 +12,7 @@ import time
 
 import chat
 import pytest
+import serve
 import torch
 from answering import chatbot, loading, terminal
 from answering.opening import opened
@@ -119,6 +121,24 @@ def test_question_of_several_lines(chatglm3, run_chat, asked):
     run_chat(chatglm3, typed='first \\\nsecond\\\nthird\n"""\ncode:\n  x = 1\n"""\n"""one line"""\n')
     questions = [conversation[-1][1] for conversation in asked]
     assert questions == ["first \nsecond\nthird", "code:\n  x = 1", "one line"]
+
+
+def test_end_of_the_input_ends_a_question_too(chatglm3, run_chat, asked):
+    for typed in ('"""first\nsecond\n', "first\\\nsecond\\", "first\\\nsecond"):
+        assert run_chat(chatglm3, typed=typed).out == f"answer {len(asked)}\n"
+        assert asked[-1] == [("user", "first\nsecond")]
+
+
+def test_saved_row_begins_a_line_and_goes_behind_no_json_list(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for before, after in (("", "new\n"), ("old", "old\nnew\n"), ("old\n", "old\nnew\n")):
+        path.write_text(before)
+        terminal.append_row(path, "new\n")
+        assert path.read_text() == after
+    path.write_text("\ufeff [{}]", encoding="utf-8")
+    with pytest.raises(ValueError, match="is a JSON list, not a file with a row a line"):
+        terminal.append_row(path, "new\n")
+    assert path.read_text(encoding="utf-8") == "\ufeff [{}]"
 
 
 def test_conversation_is_saved_as_a_training_row(chatglm3, run_chat, asked, tmp_path):
@@ -277,7 +297,10 @@ def test_sampling_flags_sample_and_the_seed_repeats(llama, run_chat):
         ("chatglm2", ["--tools", "tools.json"], "was not made to call tools"),
         ("llama", ["--tools", "tools.json"], "was not made to call tools"),
         ("chatglm3", ["--no_do_sample", "--top_p", "0.5"], "--no_do_sample takes the likeliest token"),
-        ("chatglm3", ["--max_new_tokens", "0"], "--max_new_tokens must be at least 1, not 0"),
+        ("chatglm3", ["--tools", "gbk.json"], "--tools gbk.json is not JSON"),
+        ("chatglm3", ["--tools", "nameless.json"], "each with its name"),
+        ("chatglm3", ["--prompt", " "], "--prompt: there is no question"),
+        ("chatglm3", ["--prompt", "a\udcff"], "The conversation holds what is no text"),  # a byte of another encoding
         ("chatglm3", ["--base_model", "x"], "is no adapter .* --base_model is for adapters"),
         ("chatglm3", ["--load_in_4bit"], "--load_in_4bit needs bitsandbytes: pip install bitsandbytes"),
         ("chatglm3", ["--web"], "--web needs gradio: pip install 'gradio>=6.10'"),
@@ -290,8 +313,42 @@ def test_mistakes_get_a_sentence(model, flags, sentence, run_chat, request, tmp_
     monkeypatch.chdir(tmp_path)
     for name, text in {"broken": "[", "object": "{}", "tools": '[{"name": "f"}]'}.items():
         (tmp_path / f"{name}.json").write_text(text)
+    (tmp_path / "gbk.json").write_bytes('["天气"]'.encode("gbk"))
+    (tmp_path / "nameless.json").write_text('[{"type": "function", "function": {}}]')
     with pytest.raises(SystemExit, match=sentence):
         run_chat(request.getfixturevalue(model), *flags)
+
+
+@pytest.mark.parametrize(
+    "program, flags, sentence",
+    [
+        (chat, ["--max_new_tokens", "0"], "--max_new_tokens: must be at least 1, not 0"),
+        (chat, ["--temperature", "nan"], "--temperature: must be above 0, not nan"),
+        (chat, ["--top_p", "2"], "--top_p: must be above 0 and at most 1, not 2"),
+        (chat, ["--top_k", "1.5"], "--top_k: invalid int value: '1.5'"),
+        (chat, ["--seed", "-1"], "--seed: must be at least 0 and less than 2**32, not -1"),
+        (serve, ["--port", "99999"], "--port: must be from 1 to 65535, not 99999"),
+        (serve, ["--max_prompt_tokens", "0"], "--max_prompt_tokens: must be at least 1, not 0"),
+        (serve, ["--api_key", ""], "--api_key is empty"),
+    ],
+)
+def test_flags_are_told_before_anything_is_loaded(program, flags, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [program.__name__, "nowhere", *flags])
+    with pytest.raises(SystemExit) as end:
+        program.parsed_arguments()
+    assert end.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_device_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="--device toaster: Expected one of cpu"):
+        loading.chosen_device(argparse.Namespace(device="toaster"))
+
+
+def test_damaged_weights_of_a_model_are_named(chatglm3, run_chat, tmp_path):
+    shutil.copytree(chatglm3, tmp_path / "cut")
+    os.truncate(tmp_path / "cut/model.safetensors", 5000)
+    with pytest.raises(SystemExit, match="chat.py: The weights of .*cut cannot be loaded: Error while deserializing"):
+        run_chat(tmp_path / "cut")
 
 
 def test_missing_and_mismatched_models_get_a_sentence(chatglm3, llama, run_chat, tmp_path):

@@ -76,6 +76,7 @@ def test_loss_that_is_not_a_number_leaves_a_gap(tmp_path, monkeypatch, figures):
 def test_run_that_goes_on_is_drawn_from_its_newest_checkpoint(tmp_path, monkeypatch, figures):
     folder = run_folder(tmp_path, "run", LOG[:2], "checkpoint-9")
     run_folder(tmp_path, "run", LOG, "checkpoint-10")
+    run_folder(tmp_path, "run", LOG[:1], "checkpoint-kept")  # renamed by its owner
     plot(monkeypatch, folder)
     assert figures[0]["loss"]["training"][0] == [1, 2, 3]
 
@@ -86,6 +87,8 @@ def test_run_that_goes_on_is_drawn_from_its_newest_checkpoint(tmp_path, monkeypa
         (None, "is no folder of a training run: there is no trainer_state.json in it"),
         ([], "holds no loss: the run logged none"),
         ("not a log", "is not a state that Trainer wrote"),
+        ([{"step": 1, "loss": None}], "is not a state that Trainer wrote .TypeError"),
+        ([{"loss": 1.0}], "is not a state that Trainer wrote .KeyError: 'step'"),
     ],
 )
 def test_mistakes_get_a_sentence(log, sentence, tmp_path, monkeypatch):

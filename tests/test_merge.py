@@ -288,13 +288,35 @@ def of_another_base(chatglm3, tmp_path):
     return adapter
 
 
-def with_base(name):
+def with_field(name, value):
     def adapter(chatglm3, tmp_path):
-        changed(
-            Path(write_adapter(chatglm3, tmp_path / "adapter"), "adapter_config.json"), base_model_name_or_path=name
-        )
+        changed(Path(write_adapter(chatglm3, tmp_path / "adapter"), "adapter_config.json"), **{name: value})
         return tmp_path / "adapter"
 
+    return adapter
+
+
+def with_base(name):
+    return with_field("base_model_name_or_path", name)
+
+
+def without_weights(chatglm3, tmp_path):
+    adapter = Path(write_adapter(chatglm3, tmp_path / "adapter"))
+    (adapter / "adapter_model.safetensors").unlink()
+    return adapter
+
+
+def of_an_adapter(chatglm3, tmp_path):
+    return with_base(write_adapter(chatglm3, tmp_path / "adapter"))(chatglm3, tmp_path)
+
+
+def of_a_smaller_vocabulary(chatglm3, tmp_path):
+    adapter = write_adapter(chatglm3, tmp_path / "adapter", modules_to_save=["output_layer"])
+    path = Path(adapter, "adapter_model.safetensors")
+    weights = load_file(path)
+    (name,) = (name for name in weights if "output_layer" in name)
+    weights[name] = torch.cat((weights[name], weights[name][:64]))
+    save_file(weights, path, {"format": "pt"})
     return adapter
 
 
@@ -323,6 +345,11 @@ def cut_short(base, folder):
             of_another_base,
             r"trained on another base: it changes .*query_key_value.weight \[256, 128\], this one has \[1",
         ),
+        (with_field("r", 7), "does not fit the weights beside it: .* size mismatch for transformer"),
+        (with_field("peft_type", "LORI"), "adapter/adapter_config.json is not what PEFT writes: 'LORI'"),
+        (without_weights, "adapter/adapter_model.safetensors is missing: copy all files of the adapter"),
+        (of_an_adapter, "adapter, is an adapter itself: merge it into its base, and name the result"),
+        (of_a_smaller_vocabulary, r"more tokens than its base: .*output_layer.weight has 704 rows, in the base 640"),
         (with_base("/gone/chatglm3"), "is not at /gone/chatglm3 any more: pass its place with --base_model"),
         (with_base("gone/chatglm3"), "gone/chatglm3 is neither a folder nor found on the hub or in its cache"),
         (with_base(None), "names no base model: pass --base_model"),
@@ -445,7 +472,7 @@ def test_full_disk_is_noticed_before_writing(chatglm3, merge, tmp_path, monkeypa
             {"init_lora_weights": "olora"},
             "olora belongs to a base",
         ),
-        ("chatglm3", [], {"trainable_token_indices": [5, 6]}, "another base: it changes .*token_adapter"),
+        ("chatglm3", [], {"trainable_token_indices": [5, 6]}, "trained with trainable_token_indices, which"),
     ],
 )
 def test_what_cannot_be_exact_is_refused(generation, flags, options, sentence, checkpoint, merge, tmp_path):

@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from tiny import CHAT_FLAGS, losses
 
 from finetuning import samples
+from finetuning.prediction import write_lines
 
 
 @pytest.fixture
@@ -76,6 +78,23 @@ def test_mistake_in_the_file_is_named_with_its_line(run, flags, tmp_path, text, 
     (tmp_path / "bad.txt").write_text(text)
     with pytest.raises(ValueError, match=re.escape(sentence)):
         run(flags, "--sample_prompts", tmp_path / "bad.txt")
+
+
+def test_lines_of_questions_and_answers_end_at_newlines_alone(tmp_path):
+    """A mark at the beginning of the file is none of the question; U+2028 and U+0085 stand within lines."""
+    row = {"messages": [{"role": "user", "content": "a\u2028b\x85"}]}
+    (tmp_path / "q.txt").write_text("\ufeffwho\n" + json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    assert [each["row"] for each in samples.sample_rows(tmp_path / "q.txt")] == [
+        samples.row_of_line("who"), json.dumps(row, ensure_ascii=False)
+    ]  # fmt: skip
+    said = {"step": 1, "prompt": "p", "answer": "a\u2028b"}
+    write_lines(tmp_path / "samples.jsonl", [said, {**said, "step": 5}], "w")
+    args = SimpleNamespace(output_dir=tmp_path, should_save=True)
+    samples.SampleAnswers.on_train_begin(None, args, SimpleNamespace(global_step=3), None)
+    assert [json.loads(line) for line in (tmp_path / "samples.jsonl").read_bytes().splitlines()] == [said]
+    (tmp_path / "q.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="--sample_prompts .*q.txt is not UTF-8"):
+        samples.sample_rows(tmp_path / "q.txt")
 
 
 def test_questions_need_a_training_on_conversations(run, llama, text_files, questions):

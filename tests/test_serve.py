@@ -100,6 +100,8 @@ def test_sampled_answers_are_repeated_by_their_seed(client):
     assert seeds[0] == seeds[1] != seeds[2]
     cold = [asked(client, [QUESTION], temperature=0, seed=s).choices[0].message.content for s in (1, 2)]
     assert cold[0] == cold[1]
+    coldest = asked(client, [QUESTION], temperature=1e-40)  # by which a score can not be divided
+    assert coldest.choices[0].message.content == cold[0]
 
 
 def test_call_of_a_tool_and_its_result_are_those_of_training(client, bot, monkeypatch):
@@ -134,9 +136,13 @@ BAD = {
     "message 1: the role 'wizard' is not one of system": {"messages": [{"role": "wizard", "content": "hi"}]},
     "the last message must be a question": {"messages": [QUESTION, {"role": "assistant", "content": "hi"}]},
     "a part of the type 'image_url'": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-    "message 1 has no content": {"messages": [{"role": "user"}]},
+    "message 1: role and content": {"messages": [{"role": "user"}]},
     "temperature: Input should be less than or equal to 2": {"temperature": 3},
     "n: Input should be 1": {"n": 2},
+    "max_tokens: Input should be a valid integer": {"max_tokens": "5"},
+    "stream: Input should be a valid boolean": {"extra_body": {"stream": 1}},
+    "tools: each must be an object with a function that has a name": {"tools": [{"type": "function"}]},
+    "message 1: metadata is the name of a tool": {"messages": [{**QUESTION, "metadata": 5}]},
     "frequency_penalty: Input should be less": {"frequency_penalty": 0.5},
     "guided_json: Extra inputs are not permitted": {"extra_body": {"guided_json": {}}},
     "max_tokens: 201 is more than the server makes, 200": {"max_tokens": 201},
@@ -163,6 +169,7 @@ def test_key_name_of_the_model_and_of_the_host_are_checked(client, address):
     with pytest.raises(openai.APIStatusError, match="application/json") as error:  # all that a page elsewhere can send
         asked(client, [QUESTION], extra_headers={"Content-Type": "text/plain"})
     assert error.value.status_code == 415
+    asked(client, [QUESTION], extra_headers={"Content-Type": "Application/JSON; charset=utf-8"})
     with pytest.raises(openai.APIStatusError, match="longer than") as error:
         asked(client, [{"role": "user", "content": "x" * completions.LONGEST_BODY}])
     assert error.value.status_code == 413
@@ -191,10 +198,11 @@ def test_too_many_requests_are_turned_away_and_one_that_is_given_up_makes_room(c
 
 
 def test_failure_of_the_model_is_told_and_the_next_request_is_answered(client, bot, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(bot.model, "generate", lambda *_, **__: 1 / 0)
-        with pytest.raises(openai.InternalServerError, match="ZeroDivisionError: see the log"):
-            asked(client, [QUESTION])
+    for place, name in ((bot.model, "generate"), (completions, "prompt_of")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, lambda *_, **__: 1 / 0)
+            with pytest.raises(openai.InternalServerError, match="ZeroDivisionError: see the log"):
+                asked(client, [QUESTION])
     assert asked(client, [QUESTION]).usage.completion_tokens == 9
 
 

@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from chatglm.chat import generated_ids
 from finetuning.adapters import stop_ids
+from finetuning.mistakes import named
 from run_chatglm_lora import padding_id
 
 
@@ -40,6 +41,8 @@ class Chatbot:
         Room is kept for an answer of `max_new_tokens`. Raises ValueError where the last question alone has none.
         """
         length = max_new_tokens or self.options["max_new_tokens"]
+        with named("The conversation holds what is no text", UnicodeEncodeError):  # of a terminal, as surrogates
+            json.dumps(messages, ensure_ascii=False).encode()
         system = [message for message in messages[:1] if message["role"] == "system"]
         turns, dropped = messages[len(system) :], 0
         while True:

@@ -28,10 +28,12 @@ from chatglm.chat import json_arguments, python_call_arguments
 from finetuning import chat_rows, encoding
 
 from .chatbot import Chatbot, is_call, text_of
+from .flags import is_tool
 
 
 logger = logging.getLogger("uvicorn.error")
 
+COLDEST = 1e-5  # temperature; divided by less, scores become infinite, and none can be drawn
 LONGEST_BODY = 8 * 2**20  # bytes; a million tokens of Chinese are 4 MB
 MESSAGES = chat_rows.RowFormat("messages", messages="messages")
 Zero = Annotated[float, Field(ge=0, le=0)]
@@ -48,7 +50,7 @@ class StreamOptions(BaseModel):
 class ChatRequest(BaseModel):
     """A request of OpenAI's chat completions. What has no effect here is refused, unless it asks for nothing."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
     messages: list[dict[str, Any]] = Field(min_length=1)
@@ -75,7 +77,7 @@ class ChatRequest(BaseModel):
 
     def options(self) -> dict[str, Any]:
         """What it says about generation, for `generate`; temperature 0 asks for the likeliest token."""
-        if self.temperature == 0:
+        if self.temperature is not None and self.temperature < COLDEST:
             return {"do_sample": False}
         given = {"temperature": self.temperature, "top_p": self.top_p}
         given = {name: value for name, value in given.items() if value is not None}
@@ -119,10 +121,15 @@ def call_in(message: dict) -> dict | None:
 
 def prompt_of(asked: ChatRequest, tokenizer) -> list[int]:
     """Ids of the conversation up to the cue for an answer, as in training. Raises ValueError for what is none."""
+    if not all(map(is_tool, asked.tools or [])):
+        raise ValueError("tools: each must be an object with a function that has a name.")
     row = {"messages": asked.messages, "tools": asked.tools if asked.tool_choice != "none" else None}
     messages = chat_rows.conversation(row, MESSAGES, "request", questions_only=True)
     if messages[-1]["role"] not in ("user", "observation"):
         raise ValueError("request: the last message must be a question (user) or the result of a tool (tool).")
+    named = [number for number, message in enumerate(messages, 1) if not isinstance(message.get("metadata", ""), str)]
+    if named:
+        raise ValueError(f"request: message {named[0]}: metadata is the name of a tool, and must be text.")
     empty = [number for number, message in enumerate(messages, 1) if message["content"] is None]
     if empty:
         raise ValueError(f"request: message {empty[0]} has no content.")
@@ -145,7 +152,8 @@ class Server:
         self.bot, self.name, self.key = bot, name, key
         self.longest_queue, self.longest_prompt = longest_queue, longest_prompt
         self.tokenizer = copy.deepcopy(bot.tokenizer)  # the bot's own decodes in another thread
-        self.turn, self.present, self.started = asyncio.Lock(), 0, int(time.time())
+        self.turn, self.reading = asyncio.Lock(), asyncio.Lock()
+        self.present, self.started = 0, int(time.time())
 
     def app(self, hosts: tuple[str, ...] | None) -> Starlette:
         """The application; requests under other names than `hosts`, as of a page elsewhere, are refused."""
@@ -177,6 +185,15 @@ class Server:
             raise HTTPException(404, f"The model {name!r} is not served here, but {self.name!r} is.")
 
     async def completion(self, request: Request) -> Response:
+        """What is answered, a refusal, or that something failed here; Starlette itself would close the connection."""
+        try:
+            return await self.completed(request)
+        except HTTPException:
+            raise
+        except Exception as error:
+            raise failed("A request", error) from error
+
+    async def completed(self, request: Request) -> Response:
         self.check_key(request)
         try:
             asked = ChatRequest.model_validate_json(await body_of(request))
@@ -184,7 +201,8 @@ class Server:
             first = error.errors()[0]
             raise HTTPException(400, f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}") from error
         self.check_name(asked.model)
-        bot, ids = self.prepared(asked)
+        async with self.reading:  # megabytes take seconds, in which others get their answers
+            bot, ids = await run_in_threadpool(self.prepared, asked)
         if self.present > self.longest_queue:
             raise HTTPException(429, f"{self.longest_queue} requests are waiting already: try again later.")
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
@@ -252,15 +270,14 @@ class Server:
             ended = stopped or bot.reply[-1] in bot.options["eos_token_id"]
             yield Answer(text, call, "tool_calls" if call else "stop" if ended else "length")
         except Exception as error:  # of any library, such as lack of memory
-            logger.exception("An answer failed")
-            raise HTTPException(500, f"{type(error).__name__}: see the log of the server.") from error
+            raise failed("An answer", error) from error
         finally:
             self.present -= 1
 
 
 async def body_of(request: Request) -> bytes:
     """The body of a request of the type that a page elsewhere cannot send unasked."""
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "The body must be JSON, of the type application/json.")
     body = b""
     async for piece in request.stream():
@@ -309,6 +326,12 @@ async def server_sent(chunks: AsyncIterator[dict], bot: Chatbot, ids: list[int],
     if usage:
         yield f"data: {json.dumps({**last, 'choices': [], 'usage': usage_of(bot, ids)})}\n\n"
     yield "data: [DONE]\n\n"
+
+
+def failed(what: str, error: Exception) -> HTTPException:
+    """What a client hears of a failure, whose traceback the log has."""
+    logger.exception(f"{what} failed", exc_info=error)
+    return HTTPException(500, f"{type(error).__name__}: see the log of the server.")
 
 
 def error_body(status: int, text: str) -> dict:

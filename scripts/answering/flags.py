@@ -2,8 +2,30 @@
 
 import argparse
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+def number(kind: type, words: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """A `type` for argparse: a number that `fits`, in `words`; any other is a mistake, which it tells."""
+
+    def read(text: str):
+        value = kind(text)
+        if not (math.isfinite(value) and fits(value)):
+            raise argparse.ArgumentTypeError(f"must be {words}, not {text}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse says it of what is no number at all
+    return read
+
+
+at_least_0, at_least_1 = (number(int, f"at least {least}", lambda n, least=least: n >= least) for least in (0, 1))
+above_0 = number(float, "above 0", lambda n: n > 0)
+share = number(float, "above 0 and at most 1", lambda n: 0 < n <= 1)
+seed = number(int, "at least 0 and less than 2**32", lambda n: 0 <= n < 2**32)
+port = number(int, "from 1 to 65535", lambda n: 0 < n < 2**16)
 
 
 def add_model_flags(parser: argparse.ArgumentParser):
@@ -37,20 +59,20 @@ def add_sampling_flags(parser: argparse.ArgumentParser):
     )
     sampling.add_argument("--do_sample", action="store_true", default=None)
     sampling.add_argument("--no_do_sample", action="store_false", dest="do_sample", help="always the likeliest token")
-    sampling.add_argument("--temperature", type=float)
-    sampling.add_argument("--top_p", type=float)
-    sampling.add_argument("--top_k", type=int)
-    sampling.add_argument("--repetition_penalty", type=float)
-    sampling.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer (default %(default)s)")
-    sampling.add_argument("--seed", type=int, help="makes sampled answers repeatable")
+    sampling.add_argument("--temperature", type=above_0)
+    sampling.add_argument("--top_p", type=share)
+    sampling.add_argument("--top_k", type=at_least_0)
+    sampling.add_argument("--repetition_penalty", type=above_0)
+    sampling.add_argument(
+        "--max_new_tokens", type=at_least_1, default=1024, help="longest answer (default %(default)s)"
+    )
+    sampling.add_argument("--seed", type=seed, help="makes sampled answers repeatable")
 
 
 def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the flags say about generation; a flag of sampling asks for sampling. Raises ValueError."""
     names = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
     options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    if options["max_new_tokens"] < 1:
-        raise ValueError(f"--max_new_tokens must be at least 1, not {options['max_new_tokens']}.")
     if {"temperature", "top_p", "top_k"} & set(options):
         if options.get("do_sample") is False:
             raise ValueError(
@@ -64,8 +86,14 @@ def tools_in(path: Path) -> list[dict]:
     """The list of tools in a JSON file. Raises ValueError if it is none."""
     try:
         tools = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8 either
         raise ValueError(f"--tools {path} is not JSON: {error}") from error
-    if not isinstance(tools, list) or not tools or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"--tools {path} must hold a list of objects, one for each tool.")
+    if not isinstance(tools, list) or not tools or not all(map(is_tool, tools)):
+        raise ValueError(f"--tools {path} must hold a list of objects, one for each tool, each with its name.")
     return tools
+
+
+def is_tool(value: Any) -> bool:
+    """Whether a value is a tool in OpenAI's form, bare or as {"type": "function", "function": ...}."""
+    function = value.get("function", value) if isinstance(value, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 
+from finetuning.mistakes import named
 from finetuning.self_checks import check_answers
 from run_chatglm_lora import padding_id
 
@@ -18,7 +19,10 @@ QUESTIONS = ["你好", "Who are you?"]  # of the self-check: two lengths
 
 
 def chosen_device(arguments: argparse.Namespace) -> str:
+    """Name of the device to load on. Raises ValueError for one that is not there."""
     if arguments.device:
+        with named(f"--device {arguments.device}", RuntimeError, AssertionError):  # unknown, or not there
+            torch.empty(0, device=arguments.device)
         return arguments.device
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
 

@@ -3,10 +3,12 @@
 import importlib.util
 
 import torch
+from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 import chatglm  # noqa: F401 - makes ChatGLM known
 from finetuning.adapters import adapter_config, adapter_folder, base_of, opened_adapter
+from finetuning.mistakes import named
 from finetuning.prediction import with_cache_for_peft
 from run_chatglm_lora import ModelArguments, hub_options, loaded_config, loaded_tokenizer, model_class
 
@@ -23,7 +25,8 @@ def opened_base(
         quantization = {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8, "bnb_4bit_quant_type": "nf4"}
         options["quantization_config"] = BitsAndBytesConfig(**quantization, bnb_4bit_compute_dtype=torch.bfloat16)
     name = arguments.model_name_or_path
-    return model_class(config).from_pretrained(name, config=config, **options, **hub_options(arguments)).eval()
+    with named(f"The weights of {name} cannot be loaded", OSError, SafetensorError):
+        return model_class(config).from_pretrained(name, config=config, **options, **hub_options(arguments)).eval()
 
 
 def opened(

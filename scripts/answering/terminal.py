@@ -1,6 +1,7 @@
 """A conversation in the terminal, or from a file or a pipe."""
 
 import contextlib
+import os
 import sys
 
 from .chatbot import Chatbot, is_call, next_message, text_of, training_row
@@ -111,24 +112,46 @@ class Conversation:
             )
             return
         try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(training_row(self.messages, self.bot.tools))
-        except OSError as error:
+            append_row(os.path.expanduser(path), training_row(self.messages, self.bot.tools))
+        except (OSError, ValueError) as error:
             print(f"(Not saved: {error})")
         else:
             print(f"(One row appended to {path}.)")
 
 
+def append_row(path: str, row: str):
+    """Write a row behind those of a file, of which the last may lack its end of line.
+
+    Raises ValueError for a file that is one JSON list, which a row behind it would break.
+    """
+    with open(path, "a+b") as file:
+        file.seek(0)
+        if file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+            raise ValueError(f"{path} is a JSON list, not a file with a row a line: name another one")
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        file.write(b"\n" * (file.read() not in (b"", b"\n")) + row.encode())
+
+
 def entered(cue: str) -> str:
-    """One question from the terminal: a line, lines that end with a backslash, or a block."""
+    """One question from the terminal: a line, lines that end with a backslash, or a block.
+
+    The end of the input ends what was begun, too.
+    """
     text = input(cue)
     if text.lstrip().startswith(BLOCK):
         lines = [text.lstrip().removeprefix(BLOCK)]
         while not lines[-1].rstrip().endswith(BLOCK):
-            lines.append(input(cue and "... "))
+            try:
+                lines.append(input(cue and "... "))
+            except EOFError:
+                break
         return "\n".join(lines).rstrip().removesuffix(BLOCK).strip("\n")
     while text.endswith("\\"):
-        text = text[:-1] + "\n" + input(cue and "... ")
+        try:
+            text = text[:-1] + "\n" + input(cue and "... ")
+        except EOFError:
+            return text[:-1]
     return text
 
 
@@ -140,14 +163,13 @@ def converse(conversation: Conversation):
     while True:
         try:
             text = entered("\n> " if typed else "")
+            if text.startswith("/"):
+                if not conversation.obey(text):
+                    return
+            elif text.strip():
+                conversation.ask(text)
         except KeyboardInterrupt:
             print("\n(/exit or Ctrl-D leaves.)")
-            continue
         except EOFError:
             print("\n" * typed, end="")
             return
-        if text.startswith("/"):
-            if not conversation.obey(text):
-                return
-        elif text.strip():
-            conversation.ask(text)

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from chatglm.configuration_chatglm import SECOND_GENERATION
 from chatglm.native import native_config, native_tensors
 from chatglm.quantization import dequantized_weight
 from finetuning.adapters import adapter_config, base_of, local_folder
+from finetuning.mistakes import named
 from run_chatglm_lora import ModelArguments, loaded_config, loaded_tokenizer
 
 
@@ -74,7 +76,7 @@ class Adapter:
         self.layers = defaultdict(dict)  # module: its tensors by the names of their parts
         self.replaced = {}  # weights that were trained whole
         for name, tensor in peft.utils.load_peft_weights(str(folder), device="cpu").items():
-            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            name = re.sub(r"^base_model\.model\.|\.(base_layer|modules_to_save)(?=\.)", "", name)
             module, is_lora, part = name.partition(".lora_")
             if is_lora:
                 self.layers[module][f"lora_{part}"] = tensor
@@ -95,6 +97,11 @@ class Adapter:
                 )
         for name, shape in expected.items():
             found = list(base.tensor(name, "meta").shape) if name in base.files else None
+            if found and found[1:] == shape[1:] and found[0] < shape[0] and name in self.replaced:
+                raise ValueError(
+                    f"The adapter has more tokens than its base: {name} has {shape[0]} rows, in the base {found[0]}. "
+                    "This script does not enlarge a base: use the adapter as it is."
+                )
             if found != shape:
                 has = f"has {found} there" if found else "has no such weight"
                 raise ValueError(
@@ -150,7 +157,9 @@ class Adapter:
         config = copy.copy(self.config)
         config.modules_to_save, config.bias = None, "none"
         peft.inject_adapter_in_model(config, model)
-        peft.set_peft_model_state_dict(model, {f"{module}.{part}": tensor.float() for part, tensor in parts.items()})
+        with named(f"adapter_config.json of {self.folder} does not fit the weights beside it", RuntimeError):
+            tensors = {f"{module}.{part}": tensor.float() for part, tensor in parts.items()}
+            peft.set_peft_model_state_dict(model, tensors)
         model.get_submodule(module).merge()  # safe_merge would need a third float32 copy of the layer
         merged = model.get_submodule(module).get_base_layer()
         if not all(torch.isfinite(weight).all() for weight in merged.parameters()):
@@ -168,6 +177,9 @@ def lora_config(folder: Path, name: str) -> peft.LoraConfig:
         if not config.is_prompt_learning:
             way = "is merged by PEFT: `merge_and_unload` of the opened model, see docs/methods.md"
         raise ValueError(f"This script merges LoRA. {name} is {config.peft_type.value}, which {way}.")
+    for option in ("trainable_token_indices", "target_parameters"):
+        if getattr(config, option):
+            raise ValueError(f"{name} was trained with {option}, which this script does not merge: use it as it is.")
     if config.fan_in_fan_out:
         raise ValueError(f"{name} adapts layers of GPT-2's kind (fan_in_fan_out): merge it with PEFT.")
     return config

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -30,6 +31,7 @@ KEPT_FILES = ["*.py", "*LICENSE*"]  # the code that was published with the base,
 @contextmanager
 def unfinished(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its name at the end, and is removed on any error or a polite kill."""
+    out = out.resolve()  # "." has no name, and a folder cannot take that of a link
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already: name another folder, or remove it.")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,10 @@ def unfinished(out: Path) -> Iterator[Path]:
 
 def remove_abandoned(out: Path):
     """Remove what a merge into `out` left that was killed; ValueError if one is at work."""
-    for folder in out.parent.glob(f".{out.name}.unfinished-*"):
+    beginning = f".{out.name}.unfinished-"
+    for folder in out.parent.iterdir():
+        if not re.fullmatch(re.escape(beginning) + r"\d+", folder.name):
+            continue
         if psutil.pid_exists(process := int(folder.name.rpartition("-")[2])):
             raise ValueError(f"process {process} is writing {out}: wait for it, or name another folder.")
         print(f"Removing {folder}, which a merge left that was killed.", flush=True)

@@ -34,6 +34,9 @@ SPECIAL_PIECES = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>"
 WHITESPACE_PIECES = ["<|tab|>", *(f"<|blank_{size}|>" for size in range(2, 81))]
 
 
+JSON = (".json", ".jsonl")
+
+
 def strings_in(value: Any) -> Iterator[str]:
     """All strings of a parsed JSON value, keys left out."""
     if isinstance(value, str):
@@ -44,15 +47,19 @@ def strings_in(value: Any) -> Iterator[str]:
 
 
 def lines_of(paths: list[Path]) -> list[str]:
-    """The lines to learn pieces from."""
+    """The lines to learn pieces from. Raises ValueError for files that are not what their names say, or hold none."""
     texts = [] if paths else [TEXT]
     for path in paths:
-        content = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".jsonl":
-            texts += [text for line in content.splitlines() if line.strip() for text in strings_in(json.loads(line))]
-        else:
-            texts += strings_in(json.loads(content)) if path.suffix == ".json" else [content]
-    return [line for text in texts for line in text.splitlines() if line.strip()]
+        try:
+            content = path.read_text(encoding="utf-8-sig")
+            values = [content] if path.suffix == ".json" else filter(str.strip, content.split("\n"))
+            texts += strings_in([json.loads(each) for each in values]) if path.suffix in JSON else [content]
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"--text {path} cannot be read: {error}") from error
+    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"--text {', '.join(map(str, paths))}: there is no text in it to learn from.")
+    return lines
 
 
 def trained_pieces(lines: list[str], vocab_size: int, **options) -> bytes:
