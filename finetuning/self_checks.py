@@ -401,6 +401,8 @@ def longest_window(config) -> int:
 
 
 def prompts_of(data) -> list[list[int]]:
-    """The shortest and the longest of the first prompts."""
+    """The shortest and the longest of the first prompts. Raises ValueError where there is none."""
     prompts = sorted((list(row["input_ids"]) for row in islice(data, ROWS_LOOKED_AT)), key=len)
+    if not prompts:
+        raise ValueError("There is nothing to answer: all questions were left out as bad rows (--skip_bad_rows).")
     return [prompts[0], prompts[-1]]

@@ -35,13 +35,16 @@ def parsed_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parsed_arguments()
-    folder = arguments.folder.resolve()
+    folder, output = arguments.folder.resolve(), arguments.output
     if importlib.util.find_spec("lm_eval") is None:
         sys.exit("evaluate_model.py needs lm-evaluation-harness: pip install lm_eval")
     if not folder.is_dir():
         sys.exit(f"evaluate_model.py: {folder} is no folder: give the one that the data set was downloaded to.")
+    if output and (output.is_dir() or not output.resolve().parent.is_dir()):
+        sys.exit(f"evaluate_model.py: --output {output} cannot be written: name a file in a folder that is there.")
 
     import lm_eval  # late, as all that imports torch: --help and mistakes need none
+    from datasets.exceptions import DatasetsError
     from answering.harness import Evaluated, task_with_data_in
     from answering.loading import loaded
     from lm_eval.tasks import TaskManager
@@ -53,20 +56,17 @@ def main():
         model = Evaluated(*loaded(arguments), arguments.batch_size)
     except (OSError, ValueError) as error:
         sys.exit(f"evaluate_model.py: {error}")
-    results = lm_eval.simple_evaluate(
-        model,
-        tasks=[task],
-        task_manager=manager,
-        num_fewshot=arguments.num_fewshot,
-        limit=arguments.limit,
-        apply_chat_template=True,
-    )
+    asked = {"tasks": [task], "task_manager": manager, "num_fewshot": arguments.num_fewshot, "limit": arguments.limit}
+    try:
+        results = lm_eval.simple_evaluate(model, **asked, apply_chat_template=True)
+    except (OSError, ValueError, KeyError, DatasetsError) as error:  # of a folder with other data
+        sys.exit(f"evaluate_model.py: --task {arguments.task} with {folder}: {type(error).__name__}: {error}")
     print(make_table(results))
     if "groups" in results:
         print(make_table(results, "groups"))
-    if arguments.output:
+    if output:
         text = json.dumps(results["results"], ensure_ascii=False, indent=2, default=handle_non_serializable)
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+        output.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -97,6 +97,12 @@ def test_lines_of_questions_and_answers_end_at_newlines_alone(tmp_path):
         samples.sample_rows(tmp_path / "q.txt")
 
 
+def test_file_without_a_good_question_is_told(run, flags, tmp_path):
+    (tmp_path / "bad.txt").write_text("{}\n")
+    with pytest.raises(ValueError, match="There is nothing to answer: all questions were left out"):
+        run(flags, "--sample_prompts", tmp_path / "bad.txt", "--skip_bad_rows")
+
+
 def test_questions_need_a_training_on_conversations(run, llama, text_files, questions):
     text = ["--model_name_or_path", llama, "--train_file", text_files / "train.txt", "--block_size", 16]
     with pytest.raises(ValueError, match="--sample_prompts are questions, of which plain text has none"):
