@@ -44,9 +44,9 @@ def main():
         sys.exit(f"evaluate_model.py: --output {output} cannot be written: name a file in a folder that is there.")
 
     import lm_eval  # late, as all that imports torch: --help and mistakes need none
-    from datasets.exceptions import DatasetsError
     from answering.harness import Evaluated, task_with_data_in
     from answering.loading import loaded
+    from datasets.exceptions import DatasetsError
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable, make_table
 
