@@ -47,6 +47,7 @@ def main():
     from answering.harness import Evaluated, task_with_data_in
     from answering.loading import loaded
     from datasets.exceptions import DatasetsError
+    from jinja2 import TemplateError
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable, make_table
 
@@ -59,7 +60,7 @@ def main():
     asked = {"tasks": [task], "task_manager": manager, "num_fewshot": arguments.num_fewshot, "limit": arguments.limit}
     try:
         results = lm_eval.simple_evaluate(model, **asked, apply_chat_template=True)
-    except (OSError, ValueError, KeyError, DatasetsError) as error:  # of a folder with other data
+    except (OSError, ValueError, KeyError, DatasetsError, TemplateError) as error:  # of a folder with other data
         sys.exit(f"evaluate_model.py: --task {arguments.task} with {folder}: {type(error).__name__}: {error}")
     print(make_table(results))
     if "groups" in results:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -14,11 +15,21 @@ from finetuning.encoding import conversation_ids, prompt_ids
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install lm_eval")
 pytestmark = pytest.mark.slow
 import evaluate_model  # noqa: E402
+import lm_eval.tasks  # noqa: E402
 from answering.harness import Evaluated  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 
 
+ROWS = [{"question": f"{i} and 1?", "answer": f"it is {i + 1}\n#### {i + 1}"} for i in range(1, 4)]
 CHECKPOINTS = ["chatglm1", "chatglm2", "chatglm3", "glm4_checkpoint"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_list_of_tasks():
+    """lm_eval's list of tasks is read once: that takes 13 s."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_eval.tasks, "TaskManager", cache(lm_eval.tasks.TaskManager))
+        yield
 
 
 def choice_scores(model, tokenizer, question, choices):
@@ -80,8 +91,7 @@ def test_folder_with_a_subject_of_ceval_gives_the_share_of_right_choices(chatglm
 
 
 def test_answers_to_gsm8k_are_generated_to_the_model_s_stop_ids(chatglm3, tmp_path, monkeypatch):
-    rows = [{"question": f"{i} and 1?", "answer": f"it is {i + 1}\n#### {i + 1}"} for i in range(1, 4)]
-    folder = data_set(tmp_path / "gsm8k", "main", train=rows, test=rows)
+    folder = data_set(tmp_path / "gsm8k", "main", train=ROWS, test=ROWS)
     asked = []
     model, tokenizer = opened(chatglm3)
 
@@ -100,9 +110,21 @@ def test_answers_to_gsm8k_are_generated_to_the_model_s_stop_ids(chatglm3, tmp_pa
     )
 
 
-@pytest.mark.parametrize("words, sentence", [(["--task", "gsm8k"], "is no folder"), (["--task", "gsm9k"], "no task")])
-def test_missing_folder_and_unknown_task_are_named(chatglm3, tmp_path, monkeypatch, words, sentence):
-    folder = tmp_path if "gsm9k" in words else tmp_path / "nowhere"
-    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", chatglm3, str(folder), *words])
+@pytest.mark.parametrize(
+    "folder, words, sentence",
+    [
+        ("nowhere", ["--task", "gsm8k"], "is no folder"),
+        ("main", ["--task", "gsm8k", "--output", "nowhere/results.json"], "--output nowhere/results.json cannot be"),
+        ("main", ["--task", "gsm9k"], "no task"),
+        ("other", ["--task", "gsm8k"], "--task gsm8k with .*other: ValueError: BuilderConfig 'main' not found"),
+        ("main", ["--task", "gsm8k", "--num_fewshot", "0"], "UndefinedError: 'question' is undefined"),
+    ],
+)
+def test_what_does_not_fit_is_named(folder, words, sentence, chatglm3, tmp_path, monkeypatch):
+    if folder != "nowhere":
+        rows = ROWS if folder == "other" else [{"q": "1?"}]
+        data_set(tmp_path / folder, folder, train=rows, test=rows)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", chatglm3, folder, *words])
     with pytest.raises(SystemExit, match=sentence):
         evaluate_model.main()
