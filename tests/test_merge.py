@@ -437,6 +437,17 @@ def test_modelfile_gives_ollama_the_prompt_of_training(generation, layout, check
     assert said[: len(ids)] == ids and ours.decode(said[len(ids) :]) == "四"
 
 
+def test_folder_may_be_the_empty_one_at_hand_or_one_that_a_link_names(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (Path("."), tmp_path / "link"):
+        with writing.unfinished(out) as folder:
+            (folder / "config.json").write_text("{}")
+    assert [(tmp_path / name / "config.json").read_text() for name in ("here", "there")] == ["{}", "{}"]
+    assert leftovers(tmp_path) == []
+
+
 def test_existing_folder_is_left_as_it_is(chatglm3, merge, tmp_path):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged/weights").write_text("mine")

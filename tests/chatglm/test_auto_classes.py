@@ -1,9 +1,12 @@
 import importlib
 import json
+import sys
 
 import pytest
+from miniatures.vocabularies import lines_of
 from processes import forked_program
 from tiny import ROOT
+from trained import script
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import chatglm
@@ -84,3 +87,27 @@ def test_empty_pair_ends_like_any_pair(version, request):
     assert tokenizer("x", "", return_tensors="pt")["input_ids"].tolist() == [ids]
     bare = {"add_special_tokens": False}
     assert tokenizer("x", "", **bare)["input_ids"] == tokenizer("x", **bare)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "text, flags, sentence",
+    [
+        (None, ["--num_layers", "0"], "--num_layers must be at least 1 and less than 2**32, not 0"),
+        (b"{", [], "a.jsonl cannot be read: Expecting property name"),
+        (b"\xff", [], "a.jsonl cannot be read: 'utf-8' codec can't decode byte 0xff"),
+        (b"5\n", [], "there is no text in it to learn from"),
+    ],
+)
+def test_mistakes_in_the_making_of_a_tiny_checkpoint_are_named(text, flags, sentence, tmp_path, monkeypatch, capsys):
+    if text is not None:
+        (tmp_path / "a.jsonl").write_bytes(text)
+        flags = ["--text", str(tmp_path / "a.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["tiny_chatglm.py", str(tmp_path / "tiny"), *flags])
+    with pytest.raises(SystemExit) as end:
+        script("tiny_chatglm").main()
+    assert sentence in f"{end.value.code} {capsys.readouterr().err}"
+
+
+def test_line_separators_of_unicode_part_no_lines_of_json(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": "x\u2028y"}\n["z"]\n', encoding="utf-8")
+    assert lines_of([tmp_path / "a.jsonl"]) == ["x", "y", "z"]
