@@ -83,6 +83,14 @@ class DocumentedTrainer(Trainer):
             card = card_text(self, name or Path(self.args.output_dir).resolve().name)
             card.save(Path(folder, "README.md"))
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """All rows: --dataloader_drop_last is for steps of like size, and would leave the last ones out unseen."""
+        wish, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = wish
+
 
 def name_sources(trainer, model_args, data_args, chat_args):
     """Tell the trainer what its card should say of base and data."""

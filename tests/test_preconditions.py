@@ -39,6 +39,19 @@ from finetuning.mistakes import is_for_the_user
             "cosine_with_min_lr --lr_scheduler_kwargs None: One of min_lr",
         ),
         ('--do_train --lr_scheduler_kwargs {"x":1}', "unexpected keyword argument 'x'"),
+        (
+            "--do_train --optim_args nonsense",
+            "--optim_args nonsense: 'nonsense' is no name=value, such as momentum=0.9.",
+        ),
+        (
+            "--do_train --optim_args momentum=1",
+            "--optim adamw_torch_fused does not read momentum, and would pass over it",
+        ),
+        ("--do_train --optim sgd --optim_args momentum=-1", "sgd refuses that: Invalid momentum value: -1.0"),
+        ("--do_train --optim sgd --optim_args momentum=0.9,nesterov=true", "There is no file x.jsonl"),
+        (f"--do_train --cache_dir {__file__}", f"--cache_dir {__file__} is a file: name a folder."),
+        ("--do_train --push_to_hub --hub_model_id a/b/c", "--hub_model_id a/b/c: Repo id must be in the form"),
+        ("--do_train --push_to_hub", "--push_to_hub needs the hub, and HF_HUB_OFFLINE is set"),
         ("--do_train --model_name_or_path some/where", "there is no folder some/where, and HF_HUB_OFFLINE is set."),
     ],
 )
@@ -52,10 +65,13 @@ def test_what_cannot_be_done_is_said_at_once(run, monkeypatch, words, sentence):
 def test_what_a_library_cannot_load_is_named_and_no_trace_stays_in_the_output_folder(run, chatglm3, chats, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(chatglm3, broken)
-    (broken / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    (broken / "model.safetensors").write_text("cut short")
+    shutil.copytree(chatglm3, tmp_path / "cloned")
+    (tmp_path / "cloned/tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1")
     (tmp_path / "a.jinja").write_text("{% for")
     common = ["--do_train", "--train_file", chats, "--model_name_or_path"]
     for words, sentence in {
+        (tmp_path / "cloned",): "cloned/tokenizer.model is a pointer of git-lfs and not the file: run `git lfs pull`",
         (broken,): f"The weights of {broken} cannot be loaded: Error while deserializing",
         (tmp_path, "--tokenizer_name", chatglm3): f"The configuration of {tmp_path}: Unrecognized model",
         (chatglm3, "--tokenizer_name", chats): f"The tokenizer of {chats}: It looks like the config file",
