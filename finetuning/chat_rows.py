@@ -291,10 +291,14 @@ def mixed_rows(paths, shares, streaming, cache_dir, seed):
         probabilities = [float(share) for share in shares.split(",")]
     except ValueError:
         raise ValueError(f"--interleave_probabilities {shares}: numbers with commas are expected.") from None
-    if len(probabilities) != len(paths) or not abs(sum(probabilities) - 1) <= 1e-6 or min(probabilities) < SMALLEST_SHARE:
+    if (
+        len(probabilities) != len(paths)
+        or not abs(sum(probabilities) - 1) <= 1e-6
+        or min(probabilities) < SMALLEST_SHARE
+    ):
         raise ValueError(
-            f"--interleave_probabilities {shares}: {len(paths)} numbers from {SMALLEST_SHARE} on that add up to 1 are expected, one "
-            f"for each file: {', '.join(paths)}."
+            f"--interleave_probabilities {shares}: {len(paths)} numbers from {SMALLEST_SHARE} on that add up to 1 are "
+            f"expected, one for each file: {', '.join(paths)}."
         )
     rows = [dataset_of_rows([path], streaming, cache_dir) for path in paths]
     return datasets.interleave_datasets(rows, probabilities, seed=seed, stopping_strategy="all_exhausted")

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from .chat_rows import RowFormat
 from .data_files import ROW_FEATURES, check_files
+from .file_rows import decoded
 from .prediction import generated_ids, search_options, write_lines
 
 
@@ -32,7 +33,7 @@ def sample_rows(path) -> datasets.Dataset:
     Raises ValueError for a file without a line.
     """
     check_files([path])
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = decoded(path, Path(path).read_bytes()).splitlines()
     rows = [
         {"row": row_of_line(line), "place": f"--sample_prompts {path}, line {number}", "problem": None}
         for number, line in enumerate(lines, 1)

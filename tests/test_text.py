@@ -156,6 +156,8 @@ def test_streaming_works_without_sample_caps(run, llama, folder_dataset):
     [
         (["--block_size", 0], "--block_size must be at least 1, not 0"),
         (["--block_size", 60, "--validation_file", "short.txt"], "The validation data do not fill one block of 60"),
+        (["--train_file", "blank.txt"], "The train data have no text: the column 'text' is empty in every row."),
+        (["--predict_with_generate"], "--predict_with_generate answers questions, of which plain text has none"),
         (["--do_predict"], "--do_predict needs rows to answer: pass --test_file"),
     ],
 )
@@ -164,6 +166,7 @@ def test_mistake_in_the_data_is_found_before_the_weights_are_loaded(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("seven lamps")
+    (tmp_path / "blank.txt").write_text("\n" * 99)
     monkeypatch.setattr(run_chatglm_lora, "loaded_model", lambda *a: pytest.fail("the weights were loaded"))
     with pytest.raises(ValueError, match=sentence):
         run(flags, "--do_train", "--do_eval", change)
