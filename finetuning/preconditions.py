@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, Trainer, get_scheduler
 from transformers.trainer_optimizer import is_optimizer_factory
 
@@ -71,6 +72,7 @@ def check(model_args, data_args, lora_args, training_args):
     for arguments in (model_args, data_args, lora_args, training_args):
         check_ranges(vars(arguments))
     check_stages(data_args, training_args)
+    check_strategies(data_args, training_args)
     check_packages(training_args)
     check_optimizer(training_args)
     check_schedule(training_args)
@@ -111,8 +113,37 @@ def check_stages(data_args, args):
         raise ValueError("--streaming needs --max_steps: nobody knows how many rows a stream has.")
 
 
+def check_strategies(data_args, args):
+    """Raise a ValueError for a wish about evaluations, saves or rows that Trainer would fail at or pass over."""
+    if not args.do_train:
+        return
+    if args.load_best_model_at_end and args.eval_strategy == "no":
+        raise ValueError(
+            "--load_best_model_at_end compares evaluations: add --eval_strategy and --save_strategy (both steps, or "
+            "both epoch)."
+        )
+    if args.save_strategy == "best" and (args.metric_for_best_model is None or args.eval_strategy == "no"):
+        raise ValueError(
+            "--save_strategy best compares evaluations: add --eval_strategy, and --metric_for_best_model loss, say."
+        )
+    if args.eval_on_start and not args.do_eval:
+        raise ValueError("--eval_on_start evaluates before the training: add --do_eval, or drop it.")
+    if data_args.streaming and args.train_sampling_strategy != "random":
+        raise ValueError(
+            f"--train_sampling_strategy {args.train_sampling_strategy} needs all rows, and a stream comes in its own "
+            "order: drop it, or --streaming."
+        )
+    if args.gradient_checkpointing and args.gradient_checkpointing_kwargs:
+        with named(f"--gradient_checkpointing_kwargs {args.gradient_checkpointing_kwargs}", ValueError, TypeError):
+            checkpoint(
+                torch.nn.Identity(), torch.zeros(1), **{"use_reentrant": False} | args.gradient_checkpointing_kwargs
+            )
+
+
 def check_packages(args):
     for name in [] if args.report_to == ["none"] else args.report_to:
+        if name not in (*REPORTERS, "kubeflow"):
+            raise ValueError(f"--report_to {name} is none of {', '.join(REPORTERS)}.{did_you_mean(name, REPORTERS)}")
         wanted = REPORTERS.get(name, [])
         if wanted and not any(map(installed, wanted)):
             raise ValueError(f"--report_to {name} needs a package: pip install {wanted[0]}, or --report_to none.")
