@@ -135,9 +135,8 @@ def check_strategies(data_args, args):
         )
     if args.gradient_checkpointing and args.gradient_checkpointing_kwargs:
         with named(f"--gradient_checkpointing_kwargs {args.gradient_checkpointing_kwargs}", ValueError, TypeError):
-            checkpoint(
-                torch.nn.Identity(), torch.zeros(1), **{"use_reentrant": False} | args.gradient_checkpointing_kwargs
-            )
+            options = {"use_reentrant": True, **args.gradient_checkpointing_kwargs}  # Trainer's default
+            checkpoint(torch.nn.Identity(), torch.zeros(1, requires_grad=True), **options)
 
 
 def check_packages(args):
