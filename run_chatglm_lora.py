@@ -470,6 +470,8 @@ def text_blocks(raw, tokenizer, config, data_args, training_args):
     columns = column_names(raw.get("train" if training_args.do_train else "validation", next(iter(raw.values()))))
     text_column = "text" if "text" in columns else columns[0]
     block_size = chosen_block_size(data_args, tokenizer, config)
+    for split in requested_splits(training_args):
+        chat_rows.check_some_text(raw[split], text_column, split)
 
     def token_ids(rows):
         texts = chat_rows.texts_of(rows[text_column], text_column)
@@ -545,6 +547,7 @@ class EncodedChats(dict):
 def chats_as_ids(raw, row_format, tokenizer, config, chat_args, data_args, training_args):
     """Conversations as `EncodedChats`; plain text as it is, when model and flags allow blocks of it."""
     samples.check(row_format, chat_args, training_args)
+    prediction.check(row_format, chat_args, training_args)
     if not row_format:
         check_text(config)
         rows = next(iter(raw.values()))
@@ -997,6 +1000,8 @@ def evaluate_loss(trainer, limit):
     """Evaluate, and write loss, accuracy and perplexity."""
     with memory.explained(trainer, "eval"):
         metrics = trainer.evaluate()
+    if "eval_loss" not in metrics:
+        raise ValueError("--do_eval: --dataloader_drop_last left no batch: lower --per_device_eval_batch_size.")
     metrics = complete({**metrics, **sample_count("eval", trainer.eval_dataset, limit)})
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
@@ -1029,7 +1034,6 @@ def complete(metrics) -> dict:
 def watch_training(trainer, tokenizer, data, chat_args, lora_args):
     """A bar and a picture; at each evaluation, answers with their scores (--predict_with_generate) and samples."""
     progress.show_progress(trainer, lora_args.plot_loss)
-    prediction.check_best_metric(trainer.args, chat_args)
     answering = {"questions": prediction.AnswersWhileTraining, "samples": samples.SampleAnswers}
     for split, callback in answering.items() if isinstance(data, EncodedChats) else ():
         if split in data:

@@ -2,7 +2,10 @@
 
 import json
 import logging
+import math
 import re
+import warnings
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -54,7 +57,9 @@ def adapter_config(folder: Path) -> peft.PeftConfig | None:
     if not (folder / "adapter_config.json").is_file():
         return None
     check_whole(folder / peft.utils.SAFETENSORS_WEIGHTS_NAME)
-    with named(f"{folder}/adapter_config.json is not what PEFT writes", ValueError, TypeError, KeyError):
+    with named(
+        f"{folder}/adapter_config.json is none that PEFT {peft.__version__} reads", ValueError, KeyError, TypeError
+    ):
         config = peft.PeftConfig.from_pretrained(str(folder))
     if config.peft_type is None:
         raise ValueError(f"{folder}/adapter_config.json is not what PEFT writes: it has no peft_type.")
@@ -69,9 +74,11 @@ def check_whole(path: Path):
     try:
         with safe_open(path, framework="pt"):
             pass
-    except FileNotFoundError:
-        if not path.with_suffix(".bin").is_file():
-            raise ValueError(f"{path} is missing: copy all files of the adapter.") from None
+    except FileNotFoundError as error:
+        if not path.with_name(peft.utils.WEIGHTS_NAME).is_file():
+            raise ValueError(
+                f"{path.parent} has no weights beside its adapter_config.json: copy {path.name}."
+            ) from error
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or was cut short ({error}): copy it again.") from error
 
@@ -88,7 +95,7 @@ def adapter_names(names: str | None) -> list[str]:
     """The adapters that --adapter_name_or_path names: none, one, or several with commas."""
     if not names or Path(names).is_dir():
         return [names] if names else []
-    return names.split(",")
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def is_folder_that_is_gone(name: str) -> bool:
@@ -274,7 +281,8 @@ def opened_adapter(model, adapter: str, is_trainable: bool, name: str = "default
         return peft.get_peft_model(model, config, name)
     check_base(adapter, model)
     try:
-        return peft.PeftModel.from_pretrained(model, adapter, name, is_trainable=is_trainable)
+        with loading(adapter):
+            return peft.PeftModel.from_pretrained(model, adapter, name, is_trainable=is_trainable)
     except RuntimeError as error:
         sizes = re.search(r"size mismatch for (\S+): .*?Size\((.*?)\).*?Size\((.*?)\)", str(error), re.DOTALL)
         if sizes is None:
@@ -287,6 +295,21 @@ def opened_adapter(model, adapter: str, is_trainable: bool, name: str = "default
             f"The adapter {adapter} does not fit {model.name_or_path}: {tensor} is {saved} in the adapter "
             f"and {wanted} here. Most likely {reason}."
         ) from error
+
+
+@contextmanager
+def loading(adapter: str):
+    """In the block, what PEFT cannot load is a ValueError, also weights that are not there: PEFT only warns of them,
+    and the model would answer as the base does, or by chance."""
+    with warnings.catch_warnings(), named(f"The adapter {adapter} cannot be loaded", OSError, ValueError):
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        try:
+            yield
+        except UserWarning as error:
+            first = re.search(r"'(.*?)'", str(error))[1]
+            raise ValueError(
+                f"The adapter {adapter} is not whole, or not of this model: it has no {first}."
+            ) from error
 
 
 # ------------------------------------------------------------------------------------------------- several adapters
@@ -302,12 +325,16 @@ def opened_adapters(model, lora_args, is_trainable: bool) -> peft.PeftModel:
 
 def adapter_weights(names: list[str], text: str | None) -> list[float]:
     """The numbers of --adapter_weights. Raises ValueError unless there is one for each of at least two adapters."""
-    if len(names) < 2 or not re.fullmatch(r"-?[\d.]+(,-?[\d.]+)*", text or "") or text.count(",") != len(names) - 1:
+    try:
+        weights = [float(weight) for weight in (text or "").split(",")]
+    except ValueError:
+        weights = []
+    if len(names) < 2 or len(weights) != len(names) or not all(map(math.isfinite, weights)):
         raise ValueError(
             f"--adapter_weights is a number for each of several adapters, such as 0.7,0.3: it is {text}, and "
             f"--adapter_name_or_path names {len(names)}."
         )
-    return [float(weight) for weight in text.split(",")]
+    return weights
 
 
 def weighted_sum(model, adapters: list[str], weights: list[float]) -> peft.PeftModel:
@@ -322,7 +349,8 @@ def weighted_sum(model, adapters: list[str], weights: list[float]) -> peft.PeftM
     parts = [f"part_{number}" for number in range(len(adapters))]
     opened = opened_adapter(model, adapters[0], False, parts[0])
     for adapter, part in zip(adapters[1:], parts[1:], strict=True):
-        opened.load_adapter(adapter, part)
+        with loading(adapter):
+            opened.load_adapter(adapter, part)
     opened.add_weighted_adapter(parts, weights, "default", combination_type="cat")
     opened.set_adapter("default")
     for part in parts:

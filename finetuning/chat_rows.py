@@ -27,6 +27,7 @@ logger = logging.getLogger("run_chatglm_lora.data")
 
 CUTS = {"source_cut": "max_source_length", "target_cut": "max_target_length"}  # the flags behind the columns
 FIRST_ROWS = 100  # tell the columns of a file
+SMALLEST_SHARE = 0.001  # a file that is drawn from more rarely would be seen whole after hours
 
 # The names that columns are known by, in any case: question and answer; the first pair that a row has is meant.
 # --help and docs/data.md show this table.
@@ -111,6 +112,8 @@ def row_format(columns, chat_args, questions_only=False) -> RowFormat | None:
     if kind == "auto":
         order = ("messages", "instruction", "prompt_response")
         kind = "prompt_response" if named[0] else next((each for each in order if found[each]), "text")
+    if kind in ("text", "messages") and not questions_only:
+        check_not_preferences(columns, chat_args, found["messages"])
     if kind == "text":
         check_not_messages(columns, chat_args)
         return None
@@ -144,6 +147,32 @@ def check_not_messages(columns, chat_args):
             'row, {"messages": [{"role": ..., "content": ...}, ...]}, or train the columns as they are with '
             "--data_format text."
         )
+
+
+def check_not_preferences(columns, chat_args, messages):
+    """Raise a ValueError for pairs of a chosen and a rejected answer (DPO), which nothing is to be made of unasked.
+
+    A column called messages beside them holds the whole conversation, and is trained.
+    """
+    written = {name.strip().lower(): name for name in reversed(columns)}
+    if chat_args.data_format != "auto" or not {"chosen", "rejected"} <= written.keys() or "messages" in written:
+        return
+    questions = [*(question for question, _ in PAIRS), "instruction"]
+    question = next((written[name] for name in questions if name in written), None)
+    chosen = written["chosen"]
+    way_out = (
+        f"write the chosen answer as the last message of '{messages[0]}'"
+        if messages
+        else (
+            f"--prompt_column '{question}' --response_column '{chosen}'"
+            if question
+            else f"rename '{chosen}' to messages where it is a list of them, to text otherwise"
+        )
+    )
+    raise ValueError(
+        f"The rows have the columns {columns}: a chosen and a rejected answer are preference data (DPO), and here "
+        f"answers are trained, not preferences. To train the chosen ones: {way_out}."
+    )
 
 
 def check_columns(found, columns, questions_only=False):
@@ -209,6 +238,12 @@ def texts_of(values, column) -> list[str]:
     return [value or "" for value in values]
 
 
+def check_some_text(rows, column, split):
+    """Raise a ValueError if no row of a split has text in the column; the first that has some ends the search."""
+    if not any(str(row[column] or "").strip() for row in rows):
+        raise ValueError(f"The {split} data have no text: the column '{column}' is empty in every row.")
+
+
 def unused_columns(found, columns) -> list[str]:
     """The columns that a format passes over."""
     used = {found.prompt, found.response, found.history, found.messages, "tools"}
@@ -256,10 +291,14 @@ def mixed_rows(paths, shares, streaming, cache_dir, seed):
         probabilities = [float(share) for share in shares.split(",")]
     except ValueError:
         raise ValueError(f"--interleave_probabilities {shares}: numbers with commas are expected.") from None
-    if len(probabilities) != len(paths) or not abs(sum(probabilities) - 1) <= 1e-6 or min(probabilities) <= 0:
+    if (
+        len(probabilities) != len(paths)
+        or not abs(sum(probabilities) - 1) <= 1e-6
+        or min(probabilities) < SMALLEST_SHARE
+    ):
         raise ValueError(
-            f"--interleave_probabilities {shares}: {len(paths)} numbers above 0 that add up to 1 are expected, one "
-            f"for each file: {', '.join(paths)}."
+            f"--interleave_probabilities {shares}: {len(paths)} numbers from {SMALLEST_SHARE} on that add up to 1 are "
+            f"expected, one for each file: {', '.join(paths)}."
         )
     rows = [dataset_of_rows([path], streaming, cache_dir) for path in paths]
     return datasets.interleave_datasets(rows, probabilities, seed=seed, stopping_strategy="all_exhausted")
@@ -406,6 +445,11 @@ def asked_and_answered(row, found, place, questions_only) -> list[dict]:
         more = known_cell(row, ADDITIONS, place) if found.kind == "instruction" and asked is not None else None
         asked = [message_of("user", "\n".join(text for text in (asked, more) if text) if more else asked)]
     answered = answered if isinstance(answered, list) else [message_of("assistant", answered)]
+    if answered[0]["role"] in ("system", "user"):
+        raise BadRow(
+            f"{place}, column '{found.response}': a whole conversation is found, an answer is expected: call the "
+            "column messages, and name no other."
+        )
     earlier = history_messages(row.get(found.history), f"{place}, column '{found.history}'")
     system = asked[: asked[0]["role"] == "system"]
     return [*system, *earlier, *asked[len(system) :], *answered]
@@ -765,6 +809,8 @@ def without_bad_rows(encoded, split, rows, chat_args, training_args):
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [{**rows[number], "problem": problem} for number, problem in bad.items()]
         path.write_text("".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines), "utf-8")
+    if len(bad) == len(encoded):
+        raise ValueError(f"All {len(bad)} {split} rows are bad; the first: {next(iter(bad.values()))}")
     listed = f"they are listed in {path}" if path else f"the first: {next(iter(bad.values()))}"
     logger.warning(f"{len(bad)} of {len(rows)} {split} rows are bad and left out; {listed}")
     return encoded.select([index for index, problem in enumerate(problems) if problem is None])

@@ -15,12 +15,16 @@ from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile, ZipFile
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import IterableDataset
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
+
+from .mistakes import named
 
 
 logger = logging.getLogger("run_chatglm_lora.checkpoints")
@@ -173,9 +177,10 @@ def recorded_settings(folder) -> dict:
 def read_manifest(folder) -> dict | None:
     """The manifest of a checkpoint, None if there is none that can be read."""
     try:
-        return json.loads(Path(folder, MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(Path(folder, MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return manifest if isinstance(manifest, dict) and {"written", "settings", "files"} <= manifest.keys() else None
 
 
 def damage(folder) -> str | None:
@@ -260,6 +265,8 @@ def resume_point(training_args, settings) -> str | None:
             f"{folder} cannot be resumed from: it lacks {missing}, and the optimizer would start afresh. For a new "
             f"run from its weights pass --adapter_name_or_path {folder}."
         )
+    if read_manifest(folder) is None:
+        check_readable(folder)
     check_settings(folder, settings)
     if settings.fixed.get("--peft_type") == "ADALORA":
         raise ValueError(
@@ -295,6 +302,18 @@ def missing_states(folder, processes) -> str | None:
     return next(
         (name.replace("*", ".pt") for name in patterns if not glob.glob(f"{glob.escape(str(folder))}/{name}")), None
     )
+
+
+def check_readable(folder):
+    """Raise a ValueError for the first file of a checkpoint from elsewhere that was cut short."""
+    for path in sorted(folder.iterdir()):
+        with named(f"{path} cannot be read: copy the checkpoint again", ValueError, SafetensorError, BadZipFile):
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                safe_open(path, framework="pt")
+            elif path.suffix in (".pt", ".pth"):
+                ZipFile(path)
 
 
 def best_checkpoint(state) -> set[Path]:

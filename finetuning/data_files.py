@@ -13,6 +13,7 @@ from . import file_rows
 
 FILE_BUILDERS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "txt": "text", "parquet": "parquet"}
 FILE_TYPES = (*FILE_BUILDERS, "xlsx")
+LFS_POINTER = b"version https://git-lfs"  # how one begins, by its specification
 ROW_FEATURES = datasets.Features({name: datasets.Value("string") for name in ("row", "place", "problem")})
 
 
@@ -107,6 +108,18 @@ def check_files(paths):
             raise FileNotFoundError(f"There is no file {path}{other}.")
         if not Path(path).stat().st_size:
             raise ValueError(f"{path} has no rows: it is empty.")
+        check_downloaded([path])
+
+
+def check_downloaded(paths):
+    """Raise a ValueError for the first file that is a pointer of git-lfs: its place is there, its content is not."""
+    for path in paths:
+        with open(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ValueError(
+                    f"{path} is a pointer of git-lfs and not the file: run `git lfs pull` in its folder, or download "
+                    "it again."
+                )
 
 
 def dataset_of_rows(paths, streaming, cache_dir):

@@ -28,7 +28,7 @@ def is_complete(messages) -> bool:
 def take_template(tokenizer, path):
     """Give a tokenizer the chat template in a file. Raises a ValueError for a file that is none."""
     with named(f"--chat_template {path}", OSError, ValueError, TemplateSyntaxError):
-        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8-sig")
         tokenizer.apply_chat_template([{"role": "user", "content": "1"}], tokenize=False)
 
 

@@ -1,15 +1,18 @@
 """The command line: its values, its help, and flags that contradict each other."""
 
 import argparse
+import json
 import math
 import re
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import peft
 from transformers import HfArgumentParser, TrainingArguments
 
 from .flag_names import check_both_ways, check_known, without_usage
+from .mistakes import named
 
 
 NOT_GIVEN = object()
@@ -35,7 +38,8 @@ PEFT_FIELDS = {
 WHOLE = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps "
 WHOLE += "torch_empty_cache_steps dataloader_prefetch_factor max_train_samples max_eval_samples max_predict_samples "
 WHOLE += "max_source_length max_target_length pack_to_length block_size num_beams eval_generate_every preview lora_r "
-WHOLE += "lora_alpha num_virtual_tokens pre_seq_len train_last_layers early_stopping_patience"
+WHOLE += "lora_alpha num_virtual_tokens pre_seq_len train_last_layers early_stopping_patience "
+WHOLE += "save_total_limit"
 NOT_NEGATIVE = "learning_rate weight_decay max_grad_norm warmup_steps num_train_epochs neftune_noise_alpha eval_delay "
 NOT_NEGATIVE += "data_seed dataloader_num_workers preprocessing_num_workers"
 RANGES = [
@@ -49,6 +53,16 @@ RANGES = [
     ("above 0 and at most 1", lambda n: 0 < n <= 1, "top_p"),
     ("at least 0 and less than 2**32", lambda n: 0 <= n < 2**32, "seed"),
 ]
+
+# Flags that say nothing without another.
+NEEDED = {
+    "fsdp_config": "fsdp",
+    "gradient_checkpointing_kwargs": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "activation_checkpointing",
+    "liger_kernel_config": "use_liger_kernel",
+    "hub_model_id": "push_to_hub",
+}
+MAY_BE_EMPTY = {"system_prompt", "debug", "fsdp"}  # where nothing is a value
 
 # What TrainingArguments says of a mistake, by a part of it, and what is said in place of it.
 LIBRARY_SENTENCES = {
@@ -68,6 +82,9 @@ class FlagParser(HfArgumentParser):
     def __init__(self, classes, first=(), **options):
         super().__init__(classes, allow_abbrev=False, usage=USAGE, formatter_class=Help, **options)
         self.first = first  # the classes that the help begins with
+        for action in self._actions:
+            if getattr(action.type, "__name__", "") == "dict":  # whose constructor takes no text
+                action.type = json_object
 
     def format_help(self):
         return help_text(self, self.first)
@@ -91,6 +108,7 @@ class FlagParser(HfArgumentParser):
         names = {f.name for cls in self.dataclass_types for f in fields(cls)}
         check_known([f"--{name}" for name in args if name not in names], self._option_string_actions)
         check_ranges(args)
+        check_texts(args)
         return self.checked(args, lambda: super(FlagParser, self).parse_dict(args, **options))
 
     def checked(self, given, parse):
@@ -113,9 +131,33 @@ def check_ranges(values):
                 raise ValueError(f"--{name} must be {words}, not {value:g}.")
 
 
+def check_texts(values):
+    """Raise a ValueError for a text that is empty, or that is no dictionary where one is expected.
+
+    An unset variable of a shell is an empty text, and most flags would go on as if they had not been given.
+    """
+    types = TrainingArguments.__annotations__
+    for name, value in values.items():
+        if value == "" and name not in MAY_BE_EMPTY:
+            raise ValueError(f"--{name} is empty: give it a value, or leave it out (is a variable not set?).")
+        if isinstance(value, str) and "dict" in str(types.get(name)):
+            is_file = not name.endswith("_kwargs") and not value.startswith("{")
+            with named(f"--{name} {value}", OSError, ValueError):
+                found = json_object(Path(value).read_text("utf-8") if is_file else value)
+            if not isinstance(found, dict):
+                raise ValueError(f'--{name} {value}: a JSON object is expected, such as {{"name": 1}}.')
+
+
+def json_object(text) -> dict:
+    return json.loads(text)
+
+
 def check_contradictions(given, args):
     """Raise a ValueError if, of the flags that were given, one makes another ineffective."""
     check_both_ways([f"--{name}" for name in given])
+    for name, needed in NEEDED.items():
+        if name in given and not getattr(args, needed):
+            raise ValueError(f"--{name} says nothing without --{needed}: add it, or drop --{name}.")
     if not hasattr(args, "peft_type"):
         return
     adapter = [

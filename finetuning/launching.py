@@ -20,6 +20,7 @@ logger = logging.getLogger("run_chatglm_lora.launching")
 
 LOOKS = {"dry_run", "preview", "preview_html"}  # flags of a run that ends before a model is loaded
 FOR_ACCELERATORS = {"deepspeed", "fsdp", "fsdp_config", "tf32", "torch_compile"}  # and for launchers
+TRUE = ("1", "true", "t", "yes", "y", "on")  # of a variable of the environment, as accelerate reads it
 LOCK = "training.lock"
 HOLDER = "_training_process"  # who holds it, for people; the hub is not sent what begins with an underscore
 LONGEST_ORPHAN = 6  # seconds; data loader workers, which share the lock, look every 5 whether their process lives
@@ -40,14 +41,10 @@ held_lock = None  # of the output folder, as long as the process lives
 def prepared_words(words) -> list[str]:
     """The command line, with True after a bare --resume_from_checkpoint; every pickle is loaded without code from now.
 
-    Raises a ValueError if --deepspeed is not started by a launcher: DeepSpeed would ask for mpi4py. A run that only
-    looks needs neither.
+    Raises what `check_launcher` does.
     """
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed asks torch.load for the contrary
-    launchers = {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"}
-    flags = {word.split("=")[0].removeprefix("--") for word in words}
-    if "deepspeed" in flags and not LOOKS & flags and not launchers & os.environ.keys():
-        raise ValueError("--deepspeed needs a launcher: start with torchrun --nproc_per_node 1 (or as many as GPUs).")
+    check_launcher({word.split("=")[0].removeprefix("--") for word in words})
     complete = []
     for word, after in zip(words, [*words[1:], "--"], strict=False):
         bare = word == "--resume_from_checkpoint" and after.startswith("--")
@@ -55,8 +52,23 @@ def prepared_words(words) -> list[str]:
     return complete
 
 
+def check_launcher(flags):
+    """Raise a ValueError if DeepSpeed is not started by a launcher: it would ask for mpi4py.
+
+    A run that only looks needs neither.
+    """
+    asked = {
+        "--deepspeed": "deepspeed" in flags and not LOOKS & flags,
+        "ACCELERATE_USE_DEEPSPEED": os.environ.get("ACCELERATE_USE_DEEPSPEED", "no").lower() in TRUE,
+    }
+    if any(asked.values()) and not {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"} & os.environ.keys():
+        name = next(name for name, is_asked in asked.items() if is_asked)
+        raise ValueError(f"{name} needs a launcher: start with torchrun --nproc_per_node 1 (or as many as GPUs).")
+
+
 def on_one_processor(given) -> dict:
     """The flags that were given; where the run only looks, without those that need accelerators or a launcher."""
+    check_launcher(given.keys())  # a file of arguments may ask for DeepSpeed, too
     if not LOOKS & given.keys():
         return given
     return {**{name: value for name, value in given.items() if name not in FOR_ACCELERATORS}, "use_cpu": True}

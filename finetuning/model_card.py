@@ -5,9 +5,11 @@ from pathlib import Path
 
 import peft
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers import Trainer
 
 from . import data_files, provenance
+from .mistakes import named
 
 
 METRICS = ("eval_loss", "eval_token_loss", "eval_accuracy", "perplexity", "eval_exact_match", "eval_bleu-4",
@@ -67,6 +69,10 @@ class DocumentedTrainer(Trainer):
     """A Trainer whose model card is ours, also where Trainer itself writes it, as each save to the hub does."""
 
     base_name = data_names = "unknown"
+
+    def init_hf_repo(self, *args, **kwargs):
+        with named("--push_to_hub", OfflineModeIsEnabled, HfHubHTTPError):
+            super().init_hf_repo(*args, **kwargs)
 
     def create_model_card(self, model_name=None, **kwargs):
         self.write_card(self.args.output_dir, model_name)

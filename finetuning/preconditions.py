@@ -1,12 +1,13 @@
 """What is asked for and cannot be done, found before anything is loaded."""
 
+import copy
 import importlib.util
 import logging
 import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, get_token, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -14,10 +15,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AttentionInterface, get_scheduler
+from huggingface_hub.utils import validate_repo_id
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, Trainer, get_scheduler
+from transformers.trainer_optimizer import is_optimizer_factory
 
 from . import methods
 from .adapters import adapter_names, adapter_weights, kind_of_result
+from .data_files import check_downloaded
 from .flags import check_ranges
 from .mistakes import did_you_mean, named
 
@@ -67,8 +72,11 @@ def check(model_args, data_args, lora_args, training_args):
     for arguments in (model_args, data_args, lora_args, training_args):
         check_ranges(vars(arguments))
     check_stages(data_args, training_args)
+    check_strategies(data_args, training_args)
     check_packages(training_args)
+    check_optimizer(training_args)
     check_schedule(training_args)
+    check_publishing(training_args)
     for flag in ("lora_target_modules", "lora_exclude_modules"):
         with named(f"--{flag} {getattr(lora_args, flag)} is no regular expression", re.error):
             re.compile(getattr(lora_args, flag) or "")
@@ -94,12 +102,49 @@ def check_attention(name):
 def check_stages(data_args, args):
     if not (args.do_train or args.do_eval or args.do_predict):
         raise ValueError("There is nothing to do: add --do_train, --do_eval or --do_predict.")
+    if args.resume_from_checkpoint and not args.do_train:
+        raise ValueError(
+            "--resume_from_checkpoint goes on with a training: add --do_train, or pass the checkpoint as "
+            "--adapter_name_or_path (of a full model: as --model_name_or_path) to evaluate it or predict with it."
+        )
+    if args.label_names not in (None, ["labels"]):
+        raise ValueError("--label_names: what is trained is called labels here, and nothing else: drop the flag.")
+    if args.dataloader_drop_last and (args.do_eval or args.eval_strategy != "no"):
+        logger.warning("--dataloader_drop_last leaves the last rows of evaluations out as well; without it all count.")
     if data_args.streaming and args.do_train and args.max_steps <= 0:
         raise ValueError("--streaming needs --max_steps: nobody knows how many rows a stream has.")
 
 
+def check_strategies(data_args, args):
+    """Raise a ValueError for a wish about evaluations, saves or rows that Trainer would fail at or pass over."""
+    if not args.do_train:
+        return
+    if args.load_best_model_at_end and args.eval_strategy == "no":
+        raise ValueError(
+            "--load_best_model_at_end compares evaluations: add --eval_strategy and --save_strategy (both steps, or "
+            "both epoch)."
+        )
+    if args.save_strategy == "best" and (args.metric_for_best_model is None or args.eval_strategy == "no"):
+        raise ValueError(
+            "--save_strategy best compares evaluations: add --eval_strategy, and --metric_for_best_model loss, say."
+        )
+    if args.eval_on_start and not args.do_eval:
+        raise ValueError("--eval_on_start evaluates before the training: add --do_eval, or drop it.")
+    if data_args.streaming and args.train_sampling_strategy != "random":
+        raise ValueError(
+            f"--train_sampling_strategy {args.train_sampling_strategy} needs all rows, and a stream comes in its own "
+            "order: drop it, or --streaming."
+        )
+    if args.gradient_checkpointing and args.gradient_checkpointing_kwargs:
+        with named(f"--gradient_checkpointing_kwargs {args.gradient_checkpointing_kwargs}", ValueError, TypeError):
+            options = {"use_reentrant": True, **args.gradient_checkpointing_kwargs}  # Trainer's default
+            checkpoint(torch.nn.Identity(), torch.zeros(1, requires_grad=True), **options)
+
+
 def check_packages(args):
     for name in [] if args.report_to == ["none"] else args.report_to:
+        if name not in (*REPORTERS, "kubeflow"):
+            raise ValueError(f"--report_to {name} is none of {', '.join(REPORTERS)}.{did_you_mean(name, REPORTERS)}")
         wanted = REPORTERS.get(name, [])
         if wanted and not any(map(installed, wanted)):
             raise ValueError(f"--report_to {name} needs a package: pip install {wanted[0]}, or --report_to none.")
@@ -115,6 +160,41 @@ def check_packages(args):
             return
 
 
+def check_optimizer(args):
+    """Raise a ValueError unless the optimizer of --optim takes all of --optim_args.
+
+    Trainer reads those that an optimizer knows, and passes over the others: what it makes of an argument shows whether
+    it reads it.
+    """
+    if not args.do_train or not args.optim_args:
+        return
+    given, optimizer = f"--optim_args {args.optim_args}", args.optim.value
+    for part in args.optim_args.replace(" ", "").split(","):
+        if not re.fullmatch(r"\w+=[^=]+", part):
+            raise ValueError(f"{given}: '{part}' is no name=value, such as momentum=0.9.")
+    without = optimizer_options(args, None)
+    if isinstance(without, str):  # it wants the model, which it gets later
+        return
+    for name in re.findall(r"(\w+)=", args.optim_args):
+        if optimizer_options(args, f"{name}=0.12345") == without:
+            raise ValueError(f"{given}: --optim {optimizer} does not read {name}, and would pass over it.")
+    if isinstance(refused := optimizer_options(args, args.optim_args), str):
+        raise ValueError(f"{given}: --optim {optimizer} refuses that: {refused}")
+
+
+def optimizer_options(args, optim_args) -> dict | str:
+    """What Trainer gives to the optimizer with some --optim_args, or why it or the optimizer refuses them."""
+    args = copy.copy(args)
+    args.optim_args = optim_args
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        if not is_optimizer_factory(kind):
+            kind([torch.nn.Parameter(torch.zeros(1))], **options)
+        return options
+    except (ValueError, TypeError, ImportError) as error:
+        return str(error)
+
+
 def check_schedule(args):
     """Raise a ValueError if the learning rate cannot follow --lr_scheduler_type with its --lr_scheduler_kwargs."""
     if args.do_train:
@@ -127,6 +207,24 @@ def check_schedule(args):
         given = f"--lr_scheduler_type {args.lr_scheduler_type.value} --lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
         with named(given, TypeError, ValueError):
             get_scheduler(args.lr_scheduler_type, optimizer, **options)
+
+
+def check_publishing(args):
+    """Raise an error if --push_to_hub could not begin: Trainer would find out when the model is loaded.
+
+    Without network that is left to Trainer, which may be given a hub of its own.
+    """
+    if not args.push_to_hub or not args.should_save:
+        return
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    with named(f"--push_to_hub --hub_model_id {name}", HFValidationError):
+        validate_repo_id(name)
+    if constants.is_offline_mode():
+        return
+    if not (args.hub_token or get_token()):
+        raise ValueError("--push_to_hub needs a token: log in once with `hf auth login`, or pass --hub_token.")
+    with named(f"--push_to_hub: {constants.ENDPOINT} does not let you in", HTTPError, OSError):
+        HfApi(token=args.hub_token).whoami()
 
 
 def installed(module) -> bool:
@@ -147,21 +245,34 @@ def check_adapter_weights(lora_args, args):
 
 
 def check_folders(model_args, lora_args):
-    """Raise a ValueError if a base is an adapter, or an adapter is none."""
+    """Raise a ValueError if a base is an adapter, an adapter is none, or a folder a file or not downloaded."""
+    if model_args.cache_dir and Path(model_args.cache_dir).is_file():
+        raise ValueError(f"--cache_dir {model_args.cache_dir} is a file: name a folder.")
     base = model_args.model_name_or_path
     if base and Path(base, "adapter_config.json").is_file() and not Path(base, "config.json").is_file():
         raise ValueError(
             f"--model_name_or_path {base} is an adapter: pass it as --adapter_name_or_path, and the model that it was "
             "trained on as --model_name_or_path."
         )
+    for folder in (base, model_args.tokenizer_name, *adapter_names(lora_args.adapter_name_or_path)):
+        check_downloaded(needed_files(Path(folder)) if folder else ())
     if not lora_args.pre_seq_len:  # of a prefix, loading says what is missing
         for adapter in adapter_names(lora_args.adapter_name_or_path):
             check_adapter_folder(adapter)
 
 
+def needed_files(folder) -> list[Path]:
+    """Weights and tokenizer in a folder, which git-lfs keeps apart; .bin files where there are no others."""
+    weights = [*folder.glob("*model*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+    names = ("tokenizer*", "*.model", "*.tiktoken")
+    return [path for path in (*weights, *(path for name in names for path in folder.glob(name))) if path.is_file()]
+
+
 def check_adapter_folder(adapter):
     if not Path(adapter).is_dir():
-        if is_path(adapter) or Path(adapter).exists():
+        if Path(adapter).is_file():
+            raise ValueError(f"--adapter_name_or_path {adapter} is a file: pass the folder of an adapter, unpacked.")
+        if is_path(adapter):
             raise OSError(f"--adapter_name_or_path: there is no folder {adapter}.{holding(adapter)}")
         return
     found = kind_of_result(Path(adapter))

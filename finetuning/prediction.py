@@ -17,9 +17,12 @@ from peft import PeftModel, get_peft_model_state_dict
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from .mistakes import did_you_mean
+
 
 logger = logging.getLogger("run_chatglm_lora.prediction")
 
+SPEEDS = ("runtime", "samples_per_second", "steps_per_second")  # of each evaluation, by Trainer
 SCORES = ("exact_match", "bleu-4", "rouge-1", "rouge-2", "rouge-l")
 
 
@@ -162,14 +165,28 @@ class AnswersWhileTraining(TrainerCallback):
         self.trainer.log(dict(scored))  # Trainer adds the epoch; trackers get it too
 
 
-def check_best_metric(training_args, chat_args):
-    """Raise a ValueError if the best model is to be told by answers, and none are generated."""
-    metric = str(training_args.metric_for_best_model).removeprefix("eval_")
+def check(row_format, chat_args, training_args):
+    """Raise a ValueError if text is to be answered, or the best model told by what no evaluation has."""
+    if chat_args.predict_with_generate and not row_format:
+        raise ValueError(
+            "--predict_with_generate answers questions, of which plain text has none: name their column with "
+            "--prompt_column, or drop the flag."
+        )
+    if not training_args.do_train or training_args.metric_for_best_model is None:
+        return
+    metric = training_args.metric_for_best_model.removeprefix("eval_")
     if metric in SCORES and not (chat_args.predict_with_generate and training_args.do_eval):
         raise ValueError(f"--metric_for_best_model {metric} scores answers: add --do_eval --predict_with_generate.")
     if metric in SCORES and chat_args.eval_generate_every > 1:
         raise ValueError(
             f"--metric_for_best_model {metric} needs answers at each evaluation: leave --eval_generate_every out."
+        )
+    scored = () if training_args.prediction_loss_only else ("accuracy", "token_loss") if row_format else ("accuracy",)
+    known = ("loss", "perplexity", *scored, *SPEEDS, *(SCORES if row_format else ()))
+    if metric not in known:
+        raise ValueError(
+            f"--metric_for_best_model {metric}: an evaluation here has no such number, but {', '.join(known)}."
+            f"{did_you_mean(metric, known)}"
         )
 
 
@@ -181,6 +198,8 @@ def predict(trainer, tokenizer, data, chat_args, pad_token_id, stage="predict"):
     shared out, and the main process writes.
     """
     args, rows = trainer.args, list(data)
+    if not rows:
+        raise ValueError(f"There is no row to answer: all of the {stage} stage's are bad.")
     steps = trainer.state.global_step  # tells weights apart that were trained in this run, all of them
     settings = {"max_new_tokens": chat_args.max_target_length, "seed": args.seed, "steps": steps}
     search = search_options(chat_args)

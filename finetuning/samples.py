@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from .chat_rows import RowFormat
 from .data_files import ROW_FEATURES, check_files
-from .mistakes import named
+from .file_rows import decoded
 from .prediction import generated_ids, search_options, write_lines
 
 
@@ -33,8 +33,7 @@ def sample_rows(path) -> datasets.Dataset:
     Raises ValueError for a file without a line.
     """
     check_files([path])
-    with named(f"--sample_prompts {path} is not UTF-8", UnicodeDecodeError):
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines parts at U+2028 as well
+    lines = decoded(path, Path(path).read_bytes()).split("\n")  # splitlines parts at U+2028 as well
     rows = [
         {"row": row_of_line(line), "place": f"--sample_prompts {path}, line {number}", "problem": None}
         for number, line in enumerate(lines, 1)

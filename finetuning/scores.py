@@ -21,6 +21,10 @@ def scoring(collator, row_format, training_args):
     if not training_args.do_eval or is_torch_xla_available():
         return {}
     if not row_format:
+        if training_args.batch_eval_metrics or not training_args.eval_do_concat_batches:
+            raise ValueError(
+                "Blocks of text are scored all together: drop --batch_eval_metrics, or --eval_do_concat_batches False."
+            )
         return {"compute_metrics": masked_accuracy, "preprocess_logits_for_metrics": best_tokens}
     training_args.batch_eval_metrics = True  # summed batch by batch: memory does not grow with the rows
     return {

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny import CHAT_FLAGS, CHATML, results
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
@@ -58,6 +59,24 @@ def test_adapter_that_does_not_fit_is_an_error_with_both_sizes(run, flags, evalu
         ValueError, match=r"lora_A.default.weight is \[8, 64\] in the adapter and \[4, 64\] here. Most"
     ):
         run(evaluation, "--model_name_or_path", chatglm3, "--adapter_name_or_path", folder, output="other")
+
+
+def test_adapter_that_is_not_whole_is_an_error_and_not_the_base(run, flags, evaluation, chatglm3):
+    """PEFT warns of weights that are missing, and goes on with those that an adapter begins with."""
+    folder = run(flags)
+    path, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    again = [evaluation, "--model_name_or_path", chatglm3, "--adapter_name_or_path", folder]
+    tensors = load_file(path)
+    save_file(dict(list(tensors.items())[1:]), path)
+    with pytest.raises(ValueError, match="is not whole, or not of this model: it has no base_model.model.transformer"):
+        run(again, output="other")
+    path.unlink()
+    with pytest.raises(ValueError, match="has no weights beside its adapter_config.json: copy adapter_model.safe"):
+        run(again, output="other")
+    save_file(tensors, path)
+    config.write_text(config.read_text()[:50])
+    with pytest.raises(ValueError, match="adapter_config.json is none that PEFT .* reads: "):
+        run(again, output="other")
 
 
 def test_adapter_brings_its_template(run, llama, chats, evaluation, tmp_path):

@@ -401,6 +401,20 @@ def test_row_that_is_one_message_is_no_text():
         read({"role": "user", "content": "q"})
 
 
+def test_preference_data_say_how_their_chosen_answers_are_trained():
+    answers = {"chosen": "a", "rejected": "b"}
+    for row, way_out in {
+        ("Prompt",): "ones: --prompt_column 'Prompt' --response_column 'chosen'",
+        (): "ones: rename 'chosen' to messages where it is a list of them, to text otherwise",
+        ("conversations",): "ones: write the chosen answer as the last message of 'conversations'",
+    }.items():
+        with pytest.raises(ValueError, match=f"are preference data \\(DPO\\), .* To train the chosen {way_out}"):
+            read(dict.fromkeys(row, "q") | answers)
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(BadRow, match="column 'chosen': a whole conversation is found, an answer is expected"):
+        read({"prompt": "q", "chosen": talk, "rejected": talk}, prompt_column="prompt", response_column="chosen")
+
+
 def test_validation_rows_of_another_format_are_refused():
     with pytest.raises(ValueError, match="validation data are not in the format of the train data"):
         format_of({"train": ["messages"], "validation": ["prompt", "response"]}, ARGS)
@@ -421,7 +435,7 @@ def test_files_are_mixed_by_shares_and_every_row_is_seen(tmp_path):
     prompts = [json.loads(row)["prompt"] for row in raw["train"]["row"]]
     assert len(set(prompts)) == 65 and 0.2 < sum(p[0] == "b" for p in prompts) / len(prompts) < 0.4
     args.interleave_probabilities = "0.7,0.2"
-    with pytest.raises(ValueError, match="2 numbers above 0 that add up to 1"):
+    with pytest.raises(ValueError, match="2 numbers from 0.001 on that add up to 1"):
         chat_rows.read({"train": [large, small]}, args, False, str(tmp_path / "cache"))
 
 

@@ -132,6 +132,18 @@ def test_checkpoint_of_another_program_is_resumed_from_by_its_path(run, flags, s
         run(flags, "--lora_alpha", 16, output="other")
 
 
+def test_file_of_another_programs_checkpoint_that_was_cut_short_is_named(run, flags, stopped):
+    checkpoint = stopped / "checkpoint-4"
+    (checkpoint / MANIFEST).write_text("{}")  # no manifest either
+    with pytest.raises(ValueError, match=f"has no {MANIFEST}: it was not written to its end, or not by this script"):
+        run(flags, "--resume_from_checkpoint", checkpoint, output="resumed")
+    (checkpoint / MANIFEST).unlink()
+    for name in ("trainer_state.json", "scheduler.pt", "adapter_model.safetensors"):  # the last in order first
+        (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:50])
+        with pytest.raises(ValueError, match=f"checkpoint-4/{name} cannot be read: copy the checkpoint again: "):
+            run(flags, "--resume_from_checkpoint", checkpoint, output="resumed")
+
+
 def test_path_that_is_no_folder_is_an_error(run, flags):
     with pytest.raises(ValueError, match="nowhere is no folder. Pass last"):
         run(flags, "--resume_from_checkpoint", "nowhere")

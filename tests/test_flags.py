@@ -101,6 +101,15 @@ def test_trainer_flags_are_sorted_by_the_headings_of_its_docstring():
             "--eval_strategy and --save_strategy must be the same (steps or epoch)",
         ),
         ("--optim adam", "--optim: invalid choice: 'adam'"),
+        ("--adapter_name_or_path=", "--adapter_name_or_path is empty: give it a value, or leave it out"),
+        ("--lr_scheduler_kwargs {", "--lr_scheduler_kwargs {: Expecting property name enclosed in double quotes"),
+        ("--gradient_checkpointing_kwargs x.json", "--gradient_checkpointing_kwargs x.json: Expecting value"),
+        ("--accelerator_config x.json", "--accelerator_config x.json: [Errno 2] No such file or directory"),
+        (
+            "--hub_model_id me/model",
+            "--hub_model_id says nothing without --push_to_hub: add it, or drop --hub_model_id.",
+        ),
+        ("--lr_scheduler_kwargs [1]", '--lr_scheduler_kwargs [1]: a JSON object is expected, such as {"name": 1}.'),
     ],
 )
 def test_mistake_in_the_words_says_what_to_write(run, words, sentence):

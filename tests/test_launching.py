@@ -22,6 +22,7 @@ from finetuning.launching import (
     check_parallelism,
     check_processes,
     check_strategy,
+    on_one_processor,
     prepared_words,
 )
 from finetuning.safeguards import STOPPED_EARLY
@@ -214,6 +215,14 @@ def test_lock_that_a_killed_compilation_left_is_named(monkeypatch, tmp_path, cap
 def test_deepspeed_without_a_launcher_is_refused(run, chatglm3, chats):
     with pytest.raises(ValueError, match="--deepspeed needs a launcher: start with torchrun"):
         run("--model_name_or_path", chatglm3, "--deepspeed", ROOT / "ds_zero2.json")
+
+
+def test_deepspeed_of_the_environment_or_of_a_file_needs_a_launcher(monkeypatch):
+    with pytest.raises(ValueError, match="--deepspeed needs a launcher: start with torchrun"):
+        on_one_processor({"deepspeed": "ds_zero2.json"})
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="ACCELERATE_USE_DEEPSPEED needs a launcher: start with torchrun"):
+        prepared_words([])
 
 
 def test_bare_resume_flag_is_completed_and_other_words_stay():

@@ -35,3 +35,9 @@ def test_commit_is_that_of_the_clone(monkeypatch, tmp_path):
         assert provenance.project_commit() in (head, f"{head}-dirty")
     monkeypatch.setattr(provenance, "PROJECT", tmp_path)
     assert provenance.project_commit() is None
+
+
+def test_push_without_network_is_a_sentence(run, chatglm3, chats):
+    flags = ["--model_name_or_path", chatglm3, "--train_file", chats, CHAT_FLAGS, "--push_to_hub"]
+    with pytest.raises(ValueError, match="^--push_to_hub: Cannot reach .* offline mode is enabled"):
+        run(flags, "--do_train", "--max_steps", 1)

@@ -31,6 +31,19 @@ from finetuning.mistakes import is_for_the_user
             "--optim apollo_adamw needs a package: pip install apollo-torch, or take adamw_torch.",
         ),
         ("--do_train --optim paged_adamw_8bit", "--optim paged_adamw_8bit needs a package: pip install bitsandbytes"),
+        ("--do_train --report_to tensorbord", "tensorboard, trackio, wandb. Did you mean 'tensorboard'?"),
+        ("--do_train --load_best_model_at_end", "--load_best_model_at_end compares evaluations: add --eval_strategy"),
+        ("--do_train --save_strategy best --eval_strategy steps", "and --metric_for_best_model loss, say."),
+        ("--do_train --eval_on_start", "--eval_on_start evaluates before the training: add --do_eval, or drop it."),
+        (
+            "--do_train --streaming --max_steps 1 --train_sampling_strategy group_by_length",
+            "group_by_length needs all rows, and a stream comes in its own order: drop it, or --streaming.",
+        ),
+        (
+            '--do_train --gradient_checkpointing --gradient_checkpointing_kwargs {"a":1}',
+            "--gradient_checkpointing_kwargs {'a': 1}: Unexpected keyword arguments: a",
+        ),
+        ("--do_eval --label_names foo", "--label_names: what is trained is called labels here, and nothing else"),
         ("--do_train --model_name_or_path ./nothere", "--model_name_or_path: there is no folder ./nothere."),
         ("--do_train --lora_target_modules [", "--lora_target_modules [ is no regular expression: unterminated"),
         ("--do_train --adapter_name_or_path ./nothere", "--adapter_name_or_path: there is no folder ./nothere."),
@@ -39,6 +52,18 @@ from finetuning.mistakes import is_for_the_user
             "cosine_with_min_lr --lr_scheduler_kwargs None: One of min_lr",
         ),
         ('--do_train --lr_scheduler_kwargs {"x":1}', "unexpected keyword argument 'x'"),
+        (
+            "--do_train --optim_args nonsense",
+            "--optim_args nonsense: 'nonsense' is no name=value, such as momentum=0.9.",
+        ),
+        (
+            "--do_train --optim_args momentum=1",
+            "--optim adamw_torch_fused does not read momentum, and would pass over it",
+        ),
+        ("--do_train --optim sgd --optim_args momentum=-1", "sgd refuses that: Invalid momentum value: -1.0"),
+        ("--do_train --optim sgd --optim_args momentum=0.9,nesterov=true", "There is no file x.jsonl"),
+        (f"--do_train --cache_dir {__file__}", f"--cache_dir {__file__} is a file: name a folder."),
+        ("--do_train --push_to_hub --hub_model_id a/b/c", "--hub_model_id a/b/c: Repo id must be in the form"),
         ("--do_train --model_name_or_path some/where", "there is no folder some/where, and HF_HUB_OFFLINE is set."),
     ],
 )
@@ -52,10 +77,13 @@ def test_what_cannot_be_done_is_said_at_once(run, monkeypatch, words, sentence):
 def test_what_a_library_cannot_load_is_named_and_no_trace_stays_in_the_output_folder(run, chatglm3, chats, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(chatglm3, broken)
-    (broken / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    (broken / "model.safetensors").write_text("cut short")
+    shutil.copytree(chatglm3, tmp_path / "cloned")
+    (tmp_path / "cloned/tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1")
     (tmp_path / "a.jinja").write_text("{% for")
     common = ["--do_train", "--train_file", chats, "--model_name_or_path"]
     for words, sentence in {
+        (tmp_path / "cloned",): "cloned/tokenizer.model is a pointer of git-lfs and not the file: run `git lfs pull`",
         (broken,): f"The weights of {broken} cannot be loaded: Error while deserializing",
         (tmp_path, "--tokenizer_name", chatglm3): f"The configuration of {tmp_path}: Unrecognized model",
         (chatglm3, "--tokenizer_name", chats): f"The tokenizer of {chats}: It looks like the config file",

@@ -67,6 +67,19 @@ def test_sampling_flags_reach_generate(run, flags):
     assert drawn != greedy and drawn == again
 
 
+def test_what_cannot_be_answered_or_compared_is_said_before_the_model_is_loaded(run, flags, chatglm3, chats, tmp_path):
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": None, "response": "b"}] * 2)
+    with pytest.raises(
+        ValueError, match="All 2 test rows are bad; the first: .*bad.jsonl, line 1: there is no question"
+    ):
+        run(flags, "--test_file", bad, "--skip_bad_rows")
+    training = ["--model_name_or_path", chatglm3, "--train_file", chats, "--do_train", "--max_steps", 2]
+    with pytest.raises(ValueError, match="acuracy: an evaluation here has no such number, .* mean 'accuracy'"):
+        run(training, CHAT_FLAGS, "--metric_for_best_model", "eval_acuracy")
+    with pytest.raises(ValueError, match="--resume_from_checkpoint goes on with a training: add --do_train, or pass"):
+        run(flags, "--resume_from_checkpoint", "last")
+
+
 def test_answers_of_the_validation_rows_are_scored_with_the_evaluation(run, chatglm3, chats):
     flags = ["--model_name_or_path", chatglm3, "--validation_file", chats, CHAT_FLAGS, "--do_eval"]
     folder = run(flags, "--predict_with_generate", "--max_target_length", 4, "--max_eval_samples", 3)

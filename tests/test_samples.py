@@ -111,8 +111,10 @@ def test_questions_need_a_training_on_conversations(run, llama, text_files, ques
         run(text, "--do_eval", questions)
 
 
-def test_line_is_a_question_or_a_row():
+def test_line_is_a_question_or_a_row(tmp_path):
     assert json.loads(samples.row_of_line(" 你好 "))["messages"] == [{"role": "user", "content": "你好"}]
+    (tmp_path / "mark.txt").write_text("你好", "utf-8-sig")  # as Windows writes it
+    assert json.loads(samples.sample_rows(tmp_path / "mark.txt")["row"][0])["messages"][0]["content"] == "你好"
     assert samples.row_of_line('{"messages": 1}') == '{"messages": 1}'
 
 

@@ -156,6 +156,8 @@ def test_streaming_works_without_sample_caps(run, llama, folder_dataset):
     [
         (["--block_size", 0], "--block_size must be at least 1, not 0"),
         (["--block_size", 60, "--validation_file", "short.txt"], "The validation data do not fill one block of 60"),
+        (["--train_file", "blank.txt"], "The train data have no text: the column 'text' is empty in every row."),
+        (["--predict_with_generate"], "--predict_with_generate answers questions, of which plain text has none"),
         (["--do_predict"], "--do_predict needs rows to answer: pass --test_file"),
     ],
 )
@@ -164,6 +166,7 @@ def test_mistake_in_the_data_is_found_before_the_weights_are_loaded(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("seven lamps")
+    (tmp_path / "blank.txt").write_text("\n" * 99)
     monkeypatch.setattr(run_chatglm_lora, "loaded_model", lambda *a: pytest.fail("the weights were loaded"))
     with pytest.raises(ValueError, match=sentence):
         run(flags, "--do_train", "--do_eval", change)
@@ -269,3 +272,10 @@ def test_text_of_one_line_is_trained_though_no_row_is_left_for_validation(run, l
     (tmp_path / "a.txt").write_text("seven lamps before dawn " * 9)
     flags = ["--model_name_or_path", llama, "--do_train", "--train_file", tmp_path / "a.txt", "--block_size", 8]
     assert len(losses(run(flags, "--max_steps", 1))) == 1
+
+
+def test_dropping_the_last_batch_of_an_evaluation_is_said_and_dropping_all_is_an_error(run, flags, caplog):
+    run(flags, "--do_eval", "--dataloader_drop_last", "--per_device_eval_batch_size", 2)
+    assert "--dataloader_drop_last leaves the last rows of evaluations out as well" in caplog.text
+    with pytest.raises(ValueError, match="--do_eval: --dataloader_drop_last left no batch: lower --per_device_eval_b"):
+        run(flags, "--do_eval", "--dataloader_drop_last", "--per_device_eval_batch_size", 4096)
