@@ -93,13 +93,13 @@ def test_lines_of_questions_and_answers_end_at_newlines_alone(tmp_path):
     samples.SampleAnswers.on_train_begin(None, args, SimpleNamespace(global_step=3), None)
     assert [json.loads(line) for line in (tmp_path / "samples.jsonl").read_bytes().splitlines()] == [said]
     (tmp_path / "q.txt").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match="--sample_prompts .*q.txt is not UTF-8"):
+    with pytest.raises(ValueError, match="q.txt, line 1: not UTF-8"):
         samples.sample_rows(tmp_path / "q.txt")
 
 
 def test_file_without_a_good_question_is_told(run, flags, tmp_path):
     (tmp_path / "bad.txt").write_text("{}\n")
-    with pytest.raises(ValueError, match="There is nothing to answer: all questions were left out"):
+    with pytest.raises(ValueError, match="All 1 samples rows are bad; the first: --sample_prompts .*bad.txt, line 1"):
         run(flags, "--sample_prompts", tmp_path / "bad.txt", "--skip_bad_rows")
 
 
