@@ -35,15 +35,16 @@ PEFT_FIELDS = {
 }
 
 # What numbers must be, where Trainer, PEFT and datasets fail far from the flag, or go on as if nothing had been said.
-WHOLE = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps "
-WHOLE += "torch_empty_cache_steps dataloader_prefetch_factor max_train_samples max_eval_samples max_predict_samples "
-WHOLE += "max_source_length max_target_length pack_to_length block_size num_beams eval_generate_every preview lora_r "
-WHOLE += "lora_alpha num_virtual_tokens pre_seq_len train_last_layers early_stopping_patience "
-WHOLE += "save_total_limit"
-NOT_NEGATIVE = "learning_rate weight_decay max_grad_norm warmup_steps num_train_epochs neftune_noise_alpha eval_delay "
-NOT_NEGATIVE += "data_seed dataloader_num_workers preprocessing_num_workers"
+COUNTS = """
+    per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps
+    torch_empty_cache_steps dataloader_prefetch_factor save_total_limit max_train_samples max_eval_samples
+    max_predict_samples max_source_length max_target_length pack_to_length block_size num_beams eval_generate_every
+    preview early_stopping_patience lora_r lora_alpha num_virtual_tokens pre_seq_len train_last_layers"""
+NOT_NEGATIVE = """
+    learning_rate weight_decay max_grad_norm warmup_steps num_train_epochs neftune_noise_alpha eval_delay data_seed
+    dataloader_num_workers preprocessing_num_workers"""
 RANGES = [
-    ("at least 1", lambda n: n >= 1, WHOLE),
+    ("at least 1", lambda n: n >= 1, COUNTS),
     ("at least 1, or -1 to go by --num_train_epochs", lambda n: n >= 1 or n == -1, "max_steps"),
     ("at least 0", lambda n: n >= 0, NOT_NEGATIVE),
     ("at least 0 and less than 1", lambda n: 0 <= n < 1, "lora_dropout label_smoothing_factor adam_beta1 adam_beta2"),
