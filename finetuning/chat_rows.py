@@ -59,6 +59,7 @@ ROLES = {
     **{"用户": "user", "助手": "assistant", "系统": "system"},
 }
 CALLS = {"tool_calls", "function_call", "parameters"}  # with one of these a message may have no content
+NAMES = ("metadata", "tool_call_id", "name")  # kept where they are text; a program's notes are objects or numbers
 LOSS_KEYS = ("loss", "weight", "train")  # ms-swift's, OpenAI's, axolotl's
 VERDICTS = ("label", "kto_tag")  # of preference data (KTO): whether an answer is a good one
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # DeepSeek's and Qwen's, OpenRouter's, gpt-oss'
@@ -604,7 +605,7 @@ def checked_messages(message, place) -> list[dict]:
         found["tools"] = read_tools(message["tools"], place)
     if role == "assistant" and (thought := next((message[k] for k in REASONING_KEYS if message.get(k)), None)):
         found["reasoning_content"] = text_of(thought, place)
-    return [found | {name: message[name] for name in ("metadata", "tool_call_id", "name") if message.get(name)}]
+    return [found | {name: message[name] for name in NAMES if isinstance(message.get(name), str) and message[name]}]
 
 
 def call_of(call, place) -> dict:
