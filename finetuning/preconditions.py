@@ -130,7 +130,7 @@ def check_strategies(data_args, args):
         )
     if args.eval_on_start and not args.do_eval:
         raise ValueError("--eval_on_start evaluates before the training: add --do_eval, or drop it.")
-    if data_args.streaming and args.train_sampling_strategy != "random":
+    if data_args.streaming and args.train_sampling_strategy not in ("random", "sequential"):
         raise ValueError(
             f"--train_sampling_strategy {args.train_sampling_strategy} needs all rows, and a stream comes in its own "
             "order: drop it, or --streaming."

@@ -448,6 +448,6 @@ def test_too_few_rows_to_evaluate_on_are_a_sentence(run, chatglm3, tmp_path):
 @pytest.mark.parametrize("notes", [5, {"source": "forum"}, ["a"], "", None])
 def test_metadata_that_is_no_text_is_a_note_of_another_program(notes):
     question = {"role": "user", "content": "hi"}
-    row = {"row": json.dumps({"messages": [question, {"role": "assistant", "content": "x", "metadata": notes}]})}
-    found = chat_rows.conversation(row, chat_rows.RowFormat("messages", messages="messages"), "row 1")
+    cells = {"messages": [question, {"role": "assistant", "content": "x", "metadata": notes}]}
+    found = chat_rows.conversation(cells, chat_rows.RowFormat("messages", messages="messages"), "row 1")
     assert found[-1] == {"role": "assistant", "content": "x", "loss": True}
