@@ -156,7 +156,8 @@ class SeededOrder(TrainerCallback):
 class ShieldedCollator:
     """A collator whose data loader workers outlive a first SIGTERM, which torchrun sends to them too.
 
-    The process that they work for could not save its checkpoint without them. A later SIGTERM ends them.
+    The process that they work for could not save its checkpoint without them. A later SIGTERM ends them. Until the
+    first rows they have it blocked, from their start on (`StopOnSignal.shield`): torch's own handler would end them.
     """
 
     collator: Callable
@@ -164,6 +165,7 @@ class ShieldedCollator:
     def __call__(self, rows):
         if get_worker_info() is not None and signal.getsignal(signal.SIGTERM) not in (ignore_once, signal.SIG_DFL):
             signal.signal(signal.SIGTERM, ignore_once)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return self.collator(rows)
 
 
@@ -198,10 +200,18 @@ class StopOnSignal(TrainerCallback):
         self.usual = {}
         if threading.current_thread() is threading.main_thread():
             self.usual = {number: signal.signal(number, self.note) for number in self.signals}
+            if os.name == "posix":
+                os.register_at_fork(after_in_child=self.shield)
 
     def __exit__(self, *error):
         for number, handler in self.usual.items():
             signal.signal(number, handler)
+        self.usual = {}
+
+    def shield(self):
+        """Block SIGTERM in a process that is forked during the training: a data loader worker."""
+        if self.usual:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def note(self, number, frame):
         if os.getpid() != self.process:  # a data loader worker: its end is for the process to decide

@@ -160,7 +160,7 @@ CHANGES = {
     "--weight_decay": ([0.1], "--weight_decay 0.0, this run has 0.1"),
     "--adam_beta2": ([0.9], "--adam_beta2 0.999, this run has 0.9"),
     "--warmup_steps": ([3], "--warmup_steps 0, this run has 3"),
-    "--lr_scheduler_kwargs": (['{"num_cycles": 2}'], "--lr_scheduler_kwargs None, this run has {'num_cycles': 2}"),
+    "--lr_scheduler_kwargs": (['{"last_epoch": -1}'], "--lr_scheduler_kwargs None, this run has {'last_epoch': -1}"),
     "--neftune_noise_alpha": ([5], "--neftune_noise_alpha None, this run has 5.0"),
     "--bf16": ([], "--bf16 False, this run has True"),
     "--init_lora_weights": (["pissa"], "--init_lora_weights 'true', this run has 'pissa'"),

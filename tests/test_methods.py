@@ -223,7 +223,7 @@ def test_adapter_that_is_more_than_two_matrices_is_not_added_up(chatglm3, two, t
         ("--train_last_layers 1 --pre_seq_len 4", "--train_last_layers and --pre_seq_len exclude each other"),
         ("--early_stopping_patience 0", "--early_stopping_patience must be at least 1, not 0"),
         ("--early_stopping_patience 3", "add --load_best_model_at_end, and --eval_strategy and --save_strategy"),
-        ("--early_stopping_patience 3 --load_best_model_at_end", "and --eval_strategy and --save_strategy"),
+        ("--early_stopping_patience 3 --load_best_model_at_end", "add --eval_strategy and --save_strategy"),
         ("--adapter_name_or_path a,b", "--adapter_weights is a number for each .* it is None, and .* names 2"),
         ("--adapter_name_or_path a,b --adapter_weights 1", "it is 1, and --adapter_name_or_path names 2"),
         ("--adapter_name_or_path a --adapter_weights 1,2", "it is 1,2, and --adapter_name_or_path names 1"),

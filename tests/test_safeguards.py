@@ -13,7 +13,7 @@ from processes import finished, forked_run, kill_while_writing, limit_file_size,
 from tiny import CHAT_FLAGS, COMMON, flat, losses
 
 from finetuning import checkpoints
-from finetuning.safeguards import STOPPED_EARLY
+from finetuning.safeguards import STOPPED_EARLY, StopOnSignal
 
 
 KILLS = int(os.environ.get("KILLS", 10))  # more: KILLS=500 pytest tests/test_safeguards.py -k random
@@ -176,3 +176,14 @@ def test_second_run_into_the_same_folder_is_refused_while_the_first_one_trains(s
     first.kill()
     assert code == 1
     assert f"Another process trains into {folder}: process {first.pid} on {socket.gethostname()} holds" in text
+
+
+def test_worker_that_is_forked_during_a_training_has_sigterm_blocked_from_its_start():
+    def blocked_in_a_child() -> bool:
+        if child := os.fork():
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+        os._exit(3 if signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []) else 0)
+
+    with StopOnSignal():
+        assert blocked_in_a_child() and signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert not blocked_in_a_child()
