@@ -142,7 +142,6 @@ BAD = {
     "max_tokens: Input should be a valid integer": {"max_tokens": "5"},
     "stream: Input should be a valid boolean": {"extra_body": {"stream": 1}},
     "tools: each must be an object with a function that has a name": {"tools": [{"type": "function"}]},
-    "message 1: metadata is the name of a tool": {"messages": [{**QUESTION, "metadata": 5}]},
     "frequency_penalty: Input should be less": {"frequency_penalty": 0.5},
     "guided_json: Extra inputs are not permitted": {"extra_body": {"guided_json": {}}},
     "max_tokens: 201 is more than the server makes, 200": {"max_tokens": 201},

@@ -127,9 +127,6 @@ def prompt_of(asked: ChatRequest, tokenizer) -> list[int]:
     messages = chat_rows.conversation(row, MESSAGES, "request", questions_only=True)
     if messages[-1]["role"] not in ("user", "observation"):
         raise ValueError("request: the last message must be a question (user) or the result of a tool (tool).")
-    named = [number for number, message in enumerate(messages, 1) if not isinstance(message.get("metadata", ""), str)]
-    if named:
-        raise ValueError(f"request: message {named[0]}: metadata is the name of a tool, and must be text.")
     empty = [number for number, message in enumerate(messages, 1) if message["content"] is None]
     if empty:
         raise ValueError(f"request: message {empty[0]} has no content.")
