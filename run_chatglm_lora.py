@@ -317,6 +317,7 @@ def parsed_arguments():
 
 
 def flag_parser():
+    """The parser of the command line, with the help that finetuning/help.txt keeps."""
     stamp = flag_names.help_stamp(__file__)
     parser = flags.FlagParser(ARGUMENT_CLASSES, ADDED_ARGUMENTS, description=__doc__.split("\n\n")[0], epilog=stamp)
     parser.set_defaults(logging_steps=LOGGED_SHARE)  # in --help

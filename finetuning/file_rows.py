@@ -33,9 +33,9 @@ logger = logging.getLogger("run_chatglm_lora.data")
 
 PACKED = {".gz": gzip, ".bz2": bz2, ".xz": lzma, ".zst": zstd}  # suffixes, and the modules that unpack
 MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
+NOT_TEXT = {b"PK\x03\x04": "a zip archive", b"%PDF": "a PDF"}  # first bytes of what has the suffix of another type
 SEPARATORS = ",;\t|"
 # Lists of objects under these names belong to a row; under any other, in the only object of a file, they are the rows.
-NOT_TEXT = {b"PK\x03\x04": "a zip archive", b"%PDF": "a PDF"}  # first bytes of what has the suffix of another type
 PARTS_OF_ROWS = ("messages", "conversations", "conversation", "对话", "history", "tools", "prompt", "completion")
 DECODER = json.JSONDecoder()
 DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError, *([zstd.ZstdError] if zstd else []))

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate.parallelism_config import ParallelismConfig
+from accelerate.utils import parse_flag_from_env
 from filelock import FileLock, Timeout
 from torch import distributed
 
@@ -20,7 +21,6 @@ logger = logging.getLogger("run_chatglm_lora.launching")
 
 LOOKS = {"dry_run", "preview", "preview_html"}  # flags of a run that ends before a model is loaded
 FOR_ACCELERATORS = {"deepspeed", "fsdp", "fsdp_config", "tf32", "torch_compile"}  # and for launchers
-TRUE = ("1", "true", "t", "yes", "y", "on")  # of a variable of the environment, as accelerate reads it
 LOCK = "training.lock"
 HOLDER = "_training_process"  # who holds it, for people; the hub is not sent what begins with an underscore
 LONGEST_ORPHAN = 6  # seconds; data loader workers, which share the lock, look every 5 whether their process lives
@@ -59,7 +59,7 @@ def check_launcher(flags):
     """
     asked = {
         "--deepspeed": "deepspeed" in flags and not LOOKS & flags,
-        "ACCELERATE_USE_DEEPSPEED": os.environ.get("ACCELERATE_USE_DEEPSPEED", "no").lower() in TRUE,
+        "ACCELERATE_USE_DEEPSPEED": parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"),
     }
     if any(asked.values()) and not {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"} & os.environ.keys():
         name = next(name for name, is_asked in asked.items() if is_asked)
@@ -119,7 +119,7 @@ def check_strategy(args):
 def check_parallelism(args):
     """Raise a ValueError where rows of conversations would be cut into shares, by TrainingArguments or accelerate."""
     config = args.parallelism_config
-    if config is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+    if config is None and parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
         config = ParallelismConfig()
     if config and (config.cp_enabled or config.sp_enabled):
         raise ValueError(

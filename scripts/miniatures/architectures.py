@@ -8,6 +8,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from chatglm import ChatGLMConfig
 
+from .spreading import spread_weights
+
 
 VOCABULARY, MOST_WEIGHTS = 96, 20_000_000
 SIZES = {  # size: the names that it has
@@ -93,11 +95,7 @@ def tiny_model(name):
         raise ValueError(f"{weights / 1e6:,.0f} million weights: it has sizes without a known name")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
-        elif isinstance(module, torch.nn.Embedding):
-            torch.nn.init.normal_(module.weight)
+    spread_weights(model)
     return model
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModel, PreTrainedTokenizerBase
 from chatglm import ChatGLM4Tokenizer, ChatGLM6BConfig, ChatGLM6BTokenizer, ChatGLMConfig, ChatGLMTokenizer
 
 from .releases import MARKER, RELEASES
+from .spreading import spread_weights
 from .vocabularies import first_generation_pieces, lines_of, trained_pieces, trained_ranks
 
 
@@ -99,11 +100,7 @@ def random_weights(config: ChatGLMConfig | ChatGLM6BConfig, seed: int) -> dict[s
     """
     torch.manual_seed(seed)
     model = AutoModel.from_config(config)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
-        elif isinstance(module, torch.nn.Embedding):
-            torch.nn.init.normal_(module.weight)
+    spread_weights(model)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     if isinstance(config, ChatGLMConfig):
         return {**weights, "transformer.rotary_pos_emb.inv_freq": model.transformer.rotary_pos_emb.inv_freq.clone()}
