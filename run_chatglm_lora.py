@@ -26,7 +26,6 @@ and results are kept; with --no_use_lora and plain text it gives the same number
 reasons, in docs/modifications.md. Start it with python, torchrun or deepspeed, with flags or with one .json or .yaml.
 """
 
-import gc
 import importlib
 import importlib.util
 import inspect
@@ -573,6 +572,7 @@ def within_positions(chat_args, config):
     return replace(chat_args, max_source_length=room)
 
 
+@encoding.frozen_libraries()
 def encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_args):
     """Training and validation rows as `input_ids` and `labels`; rows to answer as prompts with references.
 
@@ -584,7 +584,6 @@ def encoded_chats(raw, row_format, tokenizer, chat_args, data_args, training_arg
             "This tokenizer has no chat template or no eos token, so conversations cannot be written in the model's "
             "own format: pass the template with --chat_template FILE, or for plain text --data_format text."
         )
-    gc.freeze()  # the libraries' million objects need not be looked through for every batch: a quarter less time
     options = {"tokenizer": tokenizer, "row_format": row_format, "chat_args": chat_args}
     limits, apart, data = sample_limits(data_args), encoding.answers_apart(tokenizer), EncodedChats()
     for split in requested_splits(training_args):
@@ -769,7 +768,9 @@ def loaded_config(model_args):
         try:
             return AutoConfig.from_pretrained(name, **hub_options(model_args))
         except OSError as error:
-            raise OSError(f"{name} is neither a folder with a config.json nor found on the hub: {error}") from error
+            there = Path(name, "config.json").is_file()
+            gone = f"{name} is neither a folder with a config.json nor found on the hub"
+            raise OSError(f"{f'{name}/config.json' if there else gone}: {error}") from error
         except ValueError as error:
             if model_args.trust_remote_code or "trust_remote_code" not in str(error):
                 raise ValueError(f"The configuration of {name}: {error}") from error

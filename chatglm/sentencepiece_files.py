@@ -6,6 +6,7 @@ Fields: sentencepiece_model.proto of SentencePiece.
 import re
 from collections import defaultdict
 
+from google.protobuf.message import DecodeError
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tokenizers import Regex, normalizers
 
@@ -15,10 +16,15 @@ NORMALIZATIONS = ("identity", "nmt_nfkc")
 
 
 def read_model(vocab_file: str, kinds: tuple[str, ...]) -> sentencepiece_model_pb2.ModelProto:
-    """The model in a file. Raises ValueError for another kind or normalisation than can be kept."""
+    """The model in a file. Raises ValueError for a file that holds none, or another kind or normalisation."""
     proto = sentencepiece_model_pb2.ModelProto()
-    with open(vocab_file, "rb") as file:
-        proto.ParseFromString(file.read())
+    try:
+        with open(vocab_file, "rb") as file:
+            proto.ParseFromString(file.read())
+    except DecodeError:
+        proto.Clear()
+    if not proto.pieces or not proto.HasField("trainer_spec"):  # which stands behind the pieces
+        raise ValueError(f"{vocab_file} is empty, cut off or no SentencePiece model: copy the published file anew.")
     kind = KINDS[proto.trainer_spec.model_type]
     if kind not in kinds:
         raise ValueError(f"{vocab_file} is a SentencePiece model of the kind {kind}; {' or '.join(kinds)} is needed.")

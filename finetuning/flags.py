@@ -65,7 +65,7 @@ NEEDED = {
 }
 MAY_BE_EMPTY = {"system_prompt", "debug", "fsdp"}  # where nothing is a value
 
-# What TrainingArguments says of a mistake, by a part of it, and what is said in place of it.
+# What TrainingArguments says of a mistake, by a part of it, and what is said in place of it or, as {}, around it.
 LIBRARY_SENTENCES = {
     "doesn't support bf16": "--bf16 needs a GPU that knows the type: on CPUs add --use_cpu, or leave --bf16 out.",
     "requires the save and eval strategy to match": "--load_best_model_at_end compares what is saved: --eval_strategy "
@@ -74,6 +74,7 @@ LIBRARY_SENTENCES = {
     "both, or start with torchrun.",
     "saving steps to be a": "--load_best_model_at_end compares what is saved: --save_steps must be a multiple of "
     "--eval_steps.",
+    "AcceleratorConfig": "--accelerator_config: {}",
 }
 
 
@@ -117,8 +118,9 @@ class FlagParser(HfArgumentParser):
         try:
             parsed = parse()
         except (ValueError, TypeError) as error:  # TrainingArguments' own; ours say already what they have to
-            known = next((ours for theirs, ours in LIBRARY_SENTENCES.items() if theirs in str(error)), None)
-            raise ValueError(known or " ".join(str(error).split())) from error
+            sentence = " ".join(str(error).split())
+            known = next((ours for theirs, ours in LIBRARY_SENTENCES.items() if theirs in sentence), "{}")
+            raise ValueError(known.format(sentence)) from error
         check_contradictions(set(given), SimpleNamespace(**{k: v for part in parsed for k, v in vars(part).items()}))
         return parsed
 

@@ -1,5 +1,6 @@
 """Ids and labels against those of the scripts published with the checkpoints; prompts, templates, tools, the cache."""
 
+import gc
 import json
 import logging
 import shutil
@@ -210,6 +211,18 @@ def test_same_run_takes_the_encoding_from_the_cache_and_any_change_does_not(
         assert counts == sorted(set(counts)), "every change encodes anew"
     write_jsonl(tmp_path / "other.jsonl", [{"prompt": "a", "response": "b"}])
     assert caches("--train_file", tmp_path / "other.jsonl") > counts[-1]
+
+
+def test_libraries_are_frozen_while_rows_are_encoded_and_no_longer(run, chatglm3, chats, monkeypatch):
+    counts = []
+
+    def counted(*arguments, **options):
+        counts.append(gc.get_freeze_count())
+        return conversation(*arguments, **options)
+
+    monkeypatch.setattr(run_chatglm_lora.chat_rows, "conversation", counted)
+    run("--model_name_or_path", chatglm3, "--train_file", chats, "--do_train", "--preview", 1)
+    assert min(counts) > 0 and gc.get_freeze_count() == 0
 
 
 @pytest.mark.slow

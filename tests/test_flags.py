@@ -106,6 +106,10 @@ def test_trainer_flags_are_sorted_by_the_headings_of_its_docstring():
         ("--gradient_checkpointing_kwargs x.json", "--gradient_checkpointing_kwargs x.json: Expecting value"),
         ("--accelerator_config x.json", "--accelerator_config x.json: [Errno 2] No such file or directory"),
         (
+            '--use_cpu --accelerator_config {"even":1}',
+            "--accelerator_config: AcceleratorConfig.__init__() got",
+        ),
+        (
             "--hub_model_id me/model",
             "--hub_model_id says nothing without --push_to_hub: add it, or drop --hub_model_id.",
         ),

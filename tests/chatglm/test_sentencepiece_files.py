@@ -1,6 +1,7 @@
 """Vocabularies that people trained themselves: ids equal to SentencePiece's, whatever the file declares."""
 
 import random
+from pathlib import Path
 
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
@@ -56,3 +57,13 @@ def test_kind_and_normalisation_that_cannot_be_kept_are_refused_by_name(tmp_path
         ChatGLM6BTokenizer(trained(tmp_path, model_type="bpe", vocab_size=520), num_image_tokens=0)
     with pytest.raises(ValueError, match="normalises text by 'nfkc'"):
         ChatGLMTokenizer(trained(tmp_path, normalization_rule_name="nfkc"))
+
+
+def test_file_that_is_damaged_or_none_is_named(tmp_path):
+    path = Path(trained(tmp_path))
+    whole = path.read_bytes()
+    behind_a_piece = 2 + whole[1]  # each stands behind its key and its length
+    for content in (b"", whole[:-1], whole[:behind_a_piece], whole[: len(whole) // 2], b"<!DOCTYPE html>", bytes(99)):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="tokenizer.model is empty, cut off or no SentencePiece model"):
+            ChatGLMTokenizer(str(path))
