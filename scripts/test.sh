@@ -5,7 +5,7 @@
 # What pytest's options choose, on the locked libraries alone:
 #     bash scripts/test.sh OPTION ...
 # Everything on the newest libraries, or with --pre on their pre-releases too, in an environment of its own:
-#     bash scripts/test.sh --newest [--pre] [pytest options]
+#     [TORCH=torch] bash scripts/test.sh --newest [--pre] [pytest options]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
