@@ -194,7 +194,10 @@ class ChatGLMTokenizer(PartsTokenizer):
         **kwargs,
     ):
         if vocab_file is None and tokenizer_file is None:
-            raise ValueError("ChatGLMTokenizer found no tokenizer.model; copy the published one into the folder.")
+            raise ValueError(
+                "ChatGLMTokenizer found no tokenizer.model (of ChatGLM-6B: ice_text.model); copy the published one "
+                "into the folder."
+            )
         if generation is None:  # a published folder, whose template (if any) knows neither tools nor metadata
             generation = generation_of(config_beside(vocab_file), kwargs.get("name_or_path", ""))
             generation = generation if generation in ROLES else "chatglm3"  # whose vocabulary file this is not GLM-4's

@@ -429,7 +429,7 @@ def test_tokens_listed_in_published_files_change_nothing(v3_folder, v3, tmp_path
 
 
 def test_missing_vocabulary_is_named():
-    with pytest.raises(ValueError, match=r"tokenizer\.model"):
+    with pytest.raises(ValueError, match=r"no tokenizer\.model \(of ChatGLM-6B: ice_text\.model\)"):
         ChatGLMTokenizer()
 
 
