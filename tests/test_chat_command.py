@@ -183,6 +183,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(llama, run_chat, monkeypatc
                 time.sleep(1)  # the main thread takes the signal; this one may be in another
 
     monkeypatch.setattr(chatbot, "generated_ids", interrupted)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background begins with it ignored
     threads = threading.active_count()
     output = run_chat(llama, typed="the\na\n")
     assert counts == [20, 60] and "(stopped)" in output.out

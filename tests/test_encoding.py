@@ -221,7 +221,7 @@ def test_libraries_are_frozen_while_rows_are_encoded_and_no_longer(run, chatglm3
         return conversation(*arguments, **options)
 
     monkeypatch.setattr(run_chatglm_lora.chat_rows, "conversation", counted)
-    run("--model_name_or_path", chatglm3, "--train_file", chats, "--do_train", "--preview", 1)
+    run("--model_name_or_path", chatglm3, "--train_file", chats, "--do_train", "--preview", 1, "--overwrite_cache")
     assert min(counts) > 0 and gc.get_freeze_count() == 0
 
 
