@@ -768,9 +768,9 @@ def loaded_config(model_args):
         try:
             return AutoConfig.from_pretrained(name, **hub_options(model_args))
         except OSError as error:
-            there = Path(name, "config.json").is_file()
-            gone = f"{name} is neither a folder with a config.json nor found on the hub"
-            raise OSError(f"{f'{name}/config.json' if there else gone}: {error}") from error
+            missing = f"{name} is neither a folder with a config.json nor found on the hub"
+            what = f"{name}/config.json" if Path(name, "config.json").is_file() else missing
+            raise OSError(f"{what}: {error}") from error
         except ValueError as error:
             if model_args.trust_remote_code or "trust_remote_code" not in str(error):
                 raise ValueError(f"The configuration of {name}: {error}") from error

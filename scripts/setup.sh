@@ -3,14 +3,14 @@
 #     bash scripts/setup.sh requirements.lock [tests/requirements.lock]
 # With --newest instead, or --newest --pre: makes .venv-newest or .venv-newest-pre, with the newest release or
 # pre-release of everything but torch that the package index has, whatever upper bound requirements.txt sets.
-# TORCH=torch in the environment takes the newest torch as well, TORCH=torch==2.15.0 that one.
+# There TORCH=torch in the environment takes the newest torch as well, TORCH=torch==2.15.0 that one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed, as python3." >&2; exit 1; }
 
 # torch by its exact version and before anything else: on Linux that is the CUDA build on a machine
 # with the usual package index, and a CPU build where the machine offers one.
-torch=${TORCH:-torch==2.13.0}
+torch=torch==2.13.0
 
 make_environment() {  # also where an earlier run was stopped in the middle of it
     "$1/bin/python" -m pip --version >/dev/null 2>&1 || python3 -m venv "$1"
@@ -20,7 +20,7 @@ install() {  # ENVIRONMENT [options of pip]; a second time where the package ind
     "${pip[@]}" || { echo "Once more in 10 seconds ..." >&2; sleep 10; "${pip[@]}"; }
 }
 install_newest() {  # [--pre]
-    local venv=.venv-newest${1:+-pre}
+    local venv=.venv-newest${1:+-pre} torch=${TORCH:-$torch}
     echo "Installing into $venv the newest ${1:+pre-}release of everything beside $torch ..."
     make_environment $venv
     install $venv $torch
